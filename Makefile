@@ -1,0 +1,49 @@
+# Two commands on a fresh machine with python3, make and g++:   make demo   make test
+# Everything lives in .venv; nothing is installed or built twice.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) setup.py
+# pip leaves byte-compiling to the first import (it halves the set-up); the result must be kept
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test check bench gpu format clean
+
+demo: fastlm/_C.so
+	$(PY) -m fastlm.lm demo $(ARGS)
+
+test: check
+	$(PY) -m pytest -q $(ARGS)
+
+check: fastlm/_C.so
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+	$(PY) -m mypy
+
+bench: fastlm/_C.so
+	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)
+
+format: $(VENV)/.dependencies
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(filter csrc/%,$(SOURCES))
+
+$(VENV)/.dependencies: requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-compile -r requirements-dev.txt
+	touch $@
+
+# -e, so that the tests and the demo run the working tree
+$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml
+	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# ninja rebuilds only what changed
+fastlm/_C.so: $(VENV)/.installed $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build fastlm/_C.so fastlm/_build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache

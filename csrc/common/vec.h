@@ -1,0 +1,125 @@
+// Vectors of float for the CPU kernels, as wide as the instruction set of this compilation.
+//
+// Written with the vector extensions of GCC and clang, so one source serves AVX-512, AVX2, SSE and
+// NEON. Include it in *_cpu.cpp only, and include nothing else there but <cstdint>: an inline
+// function of the standard library compiled here with AVX could be the copy the linker keeps for
+// the whole process.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2), may_alias));
+typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t VecHalfUnaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#define FASTLM_INLINE static inline __attribute__((always_inline))
+
+FASTLM_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+FASTLM_INLINE float to_float(float x) { return x; }
+FASTLM_INLINE float to_float(BFloat16 x) {
+  union {
+    uint32_t u;
+    float f;
+  } v{uint32_t(x.bits) << 16};
+  return v.f;
+}
+FASTLM_INLINE void from_float(float x, float* out) { *out = x; }
+// round to nearest even; a NaN stays a NaN
+FASTLM_INLINE void from_float(float x, BFloat16* out) {
+  union {
+    float f;
+    uint32_t u;
+  } v{x};
+  out->bits = x != x ? 0x7fc0 : uint16_t((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
+}
+
+FASTLM_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+FASTLM_INLINE Vec load(const BFloat16* p) {
+  VecHalf half = *reinterpret_cast<const VecHalfUnaligned*>(p);
+  return (Vec)(__builtin_convertvector(half, VecBits) << 16);
+}
+FASTLM_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecUnaligned*>(p) = x; }
+FASTLM_INLINE void store(BFloat16* p, Vec x) {
+  VecBits u = (VecBits)x;
+  VecBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  VecBits bits = x != x ? VecBits{} + 0x7fc0 : rounded;
+  *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(bits, VecHalf);
+}
+
+// the first n < kLanes elements; the others read as `fill`
+template <typename T>
+FASTLM_INLINE Vec load_first(const T* p, int n, float fill) {
+  float buffer[kLanes];
+  for (int i = 0; i < kLanes; ++i) buffer[i] = i < n ? to_float(p[i]) : fill;
+  return load(buffer);
+}
+template <typename T>
+FASTLM_INLINE void store_first(T* p, Vec x, int n) {
+  float buffer[kLanes];
+  store(buffer, x);
+  for (int i = 0; i < n; ++i) from_float(buffer[i], p + i);
+}
+
+// fixed order, so that a sum does not depend on where it ran
+FASTLM_INLINE float reduce_add(Vec x) {
+  float b[kLanes];
+  store(b, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) b[i] += b[i + width];
+  return b[0];
+}
+// NaN in any lane gives NaN
+FASTLM_INLINE float reduce_max(Vec x) {
+  float b[kLanes];
+  store(b, x);
+  float m = b[0];
+  for (int i = 1; i < kLanes; ++i) m = (b[i] > m || b[i] != b[i]) ? b[i] : m;
+  return m;
+}
+FASTLM_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp within 2 ulp on the normal range: 2^n * p(r) with the Cephes polynomial (S. Moshier).
+// Below -87.3 it is 0, above 88.7 infinity; NaN stays NaN.
+FASTLM_INLINE Vec exp(Vec x) {
+  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vec clamped = x < -87.3f ? broadcast(-87.3f) : x;
+  clamped = clamped > 88.72f ? broadcast(88.72f) : clamped;
+  Vec n = (clamped * 1.44269504088896341f + kMagic) - kMagic;
+  n = n > 127.f ? broadcast(127.f) : n;
+  Vec r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
+  Vec y = p * (Vec)exponent;
+  y = x < -87.3f ? Vec{} : y;
+  y = x > 88.72f ? broadcast(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+FASTLM_INLINE Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
+FASTLM_INLINE Vec tanh(Vec x) { return 1.f - 2.f / (exp(2.f * x) + 1.f); }
+
+}  // namespace

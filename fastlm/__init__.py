@@ -1,0 +1,11 @@
+"""fastlm: fused kernels for training language models in PyTorch."""
+
+from .dispatch import backends, explain, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backends",
+    "explain",
+    "use_backend",
+]
