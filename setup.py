@@ -125,12 +125,13 @@ def ninja_file(torch, cxx, nvcc, folder, out, warnings):
     lines = [
         "ninja_required_version = 1.3",
         f"cxx = {cxx}",
+        f"flags = {CXX_FLAGS} {warnings} -I{ROOT}/csrc",
         "rule cxx",
-        f"  command = $cxx -MMD -MF $out.d {CXX_FLAGS} {warnings} -I{ROOT}/csrc $extra -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx -shared $in -o $out $flags",
+        "  command = $cxx -shared $in -o $out $link",
     ]
     objects = []
 
@@ -156,7 +157,7 @@ def ninja_file(torch, cxx, nvcc, folder, out, warnings):
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
         if not source.stem.endswith("_cpu"):
             add("cxx", source, knows_torch)
-    lines += [f"build {out}: link {' '.join(objects)}", f"  flags = {link}", ""]
+    lines += [f"build {out}: link {' '.join(objects)}", f"  link = {link}", ""]
     return "\n".join(lines)
 
 
