@@ -1,0 +1,163 @@
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/binding.h"
+#include "embedding_gru/embedding_gru.h"
+
+namespace fastlm {
+namespace {
+
+constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kSkew = 16;
+
+int64_t padded(int64_t hidden) { return (hidden + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+
+}  // namespace
+
+int64_t gru_packed_size(int64_t hidden) { return 3 * padded(hidden) * (hidden + 1); }
+
+int64_t gru_forward_workspace(const GruShape& s) {
+  int64_t width = padded(s.hidden);
+  return gru_packed_size(s.hidden) + 2 * s.batch * (width + kSkew);
+}
+
+int64_t gru_backward_workspace(const GruShape& s) {
+  int64_t width = padded(s.hidden);
+  return 3 * width * s.hidden + s.batch * (2 * (3 * width + kSkew) + width + kSkew);
+}
+
+int gru_threads(const GruShape& s, int available) {
+  // a step of one thread should take 2 us at least, several times a barrier; a core does about
+  // 40 multiply-adds in a nanosecond
+  int64_t useful = s.batch * 3 * s.hidden * s.hidden / (40 * 2000);
+  int64_t columns = padded(s.hidden) / kMaxLanes;
+  int64_t threads = useful < columns ? useful : columns;
+  threads = threads < available ? threads : available;
+  return threads < 1 ? 1 : int(threads);
+}
+
+namespace {
+
+struct FreeAligned {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Workspace = std::unique_ptr<float, FreeAligned>;
+
+Workspace allocate(int64_t count) {
+  return Workspace(
+      static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
+}
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(in(t)); }
+const float* floats(const std::optional<Tensor>& t) { return static_cast<const float*>(in(t)); }
+float* floats_out(const Tensor& t) { return static_cast<float*>(out(t)); }
+
+GruShape shape_of(int64_t batch, int64_t steps, int64_t hidden, bool batch_first, bool reverse) {
+  return batch_first ? GruShape{batch, steps, hidden, steps, 1, reverse}
+                     : GruShape{batch, steps, hidden, 1, batch, reverse};
+}
+
+// sizes come from h_n [B, H] and out [N, H]
+void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
+                     const std::optional<Tensor>& reset, const Tensor& w_hh,
+                     const std::optional<Tensor>& b_hh, const std::optional<Tensor>& h0,
+                     const std::optional<Tensor>& packed, bool batch_first, bool reverse,
+                     const Tensor& output, const Tensor& h_n, const std::optional<Tensor>& gates) {
+  int64_t batch = h_n.size(0), hidden = h_n.size(1);
+  GruForward args{};
+  args.shape = shape_of(batch, output.size(0) / batch, hidden, batch_first, reverse);
+  args.table = floats(table);
+  args.index = static_cast<const int64_t*>(in(index));
+  args.reset = static_cast<const uint8_t*>(in(reset));
+  args.w_hh = floats(w_hh);
+  args.b_hh = floats(b_hh);
+  args.h0 = floats(h0);
+  args.out = floats_out(output);
+  args.h_n = floats_out(h_n);
+  args.gates = static_cast<float*>(out(gates));
+  args.packed = floats(packed);
+  Workspace workspace = allocate(gru_forward_workspace(args.shape));
+  args.workspace = workspace.get();
+  auto kernel = FASTLM_PICK(gru_forward);
+  parallel_team(gru_threads(args.shape, int(torch::stable::get_num_threads())),
+                [&](Team& team, int rank) { kernel(args, team, rank); });
+}
+
+void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<Tensor>& dh_n,
+                      const std::optional<Tensor>& index, const std::optional<Tensor>& reset,
+                      const Tensor& w_hh, const std::optional<Tensor>& h0, const Tensor& output,
+                      const Tensor& gates, bool batch_first, bool reverse,
+                      const Tensor& dhidden_gates, const Tensor& dtable, const Tensor& dh0,
+                      const Tensor& dbias) {
+  int64_t batch = dh0.size(0), hidden = dh0.size(1);
+  GruBackward args{};
+  args.shape = shape_of(batch, output.size(0) / batch, hidden, batch_first, reverse);
+  args.index = static_cast<const int64_t*>(in(index));
+  args.reset = static_cast<const uint8_t*>(in(reset));
+  args.w_hh = floats(w_hh);
+  args.h0 = floats(h0);
+  args.out = floats(output);
+  args.gates = floats(gates);
+  args.dout = floats(doutput);
+  args.dh_n = floats(dh_n);
+  args.dhidden_gates = floats_out(dhidden_gates);
+  args.dtable = floats_out(dtable);
+  args.dh0 = floats_out(dh0);
+  args.dbias = floats_out(dbias);
+  Workspace workspace = allocate(gru_backward_workspace(args.shape));
+  args.workspace = workspace.get();
+  auto kernel = FASTLM_PICK(gru_backward);
+  parallel_team(gru_threads(args.shape, int(torch::stable::get_num_threads())),
+                [&](Team& team, int rank) { kernel(args, team, rank); });
+}
+
+void gru_pack_cpu(const Tensor& w_hh, const std::optional<Tensor>& b_hh, const Tensor& packed) {
+  FASTLM_PICK(gru_pack)(floats(w_hh), floats(b_hh), w_hh.size(1), floats_out(packed));
+}
+
+// Distinct values of `tokens` in ascending order and the rank of each token among them.
+// `unique` holds min(N, V) entries at most; returns how many were found.
+int64_t token_plan_cpu(const Tensor& tokens, int64_t vocabulary, const Tensor& unique,
+                       const Tensor& inverse) {
+  int64_t count = tokens.numel();
+  auto ids = static_cast<const int64_t*>(in(tokens));
+  auto found = static_cast<int64_t*>(out(unique));
+  auto rank = static_cast<int64_t*>(out(inverse));
+  std::unique_ptr<int32_t[]> slot(new int32_t[vocabulary]());
+  for (int64_t i = 0; i < count; ++i) slot[ids[i]] = 1;
+  int32_t next = 0;
+  for (int64_t v = 0; v < vocabulary; ++v) {
+    if (slot[v] == 0) continue;
+    found[next] = v;
+    slot[v] = next++;
+  }
+  for (int64_t i = 0; i < count; ++i) rank[i] = slot[ids[i]];
+  return next;
+}
+
+}  // namespace
+}  // namespace fastlm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
+  m.def(
+      "gru_forward(Tensor table, Tensor? index, Tensor? reset, Tensor w_hh, Tensor? b_hh, "
+      "Tensor? h0, Tensor? packed, bool batch_first, bool reverse, Tensor(a!) output, "
+      "Tensor(b!) h_n, Tensor(c!)? gates) -> ()");
+  m.def("gru_packed_size(int hidden) -> int");
+  m.def("gru_pack(Tensor w_hh, Tensor? b_hh, Tensor(a!) packed) -> ()");
+  m.def(
+      "gru_backward(Tensor? doutput, Tensor? dh_n, Tensor? index, Tensor? reset, Tensor w_hh, "
+      "Tensor? h0, Tensor output, Tensor gates, bool batch_first, bool reverse, "
+      "Tensor(a!) dhidden_gates, Tensor(b!) dtable, Tensor(c!) dh0, Tensor(d!) dbias) -> ()");
+  m.def("token_plan(Tensor tokens, int vocabulary, Tensor(a!) unique, Tensor(b!) inverse) -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
+  m.impl("gru_forward", TORCH_BOX(&fastlm::gru_forward_cpu));
+  m.impl("gru_backward", TORCH_BOX(&fastlm::gru_backward_cpu));
+  m.impl("gru_pack", TORCH_BOX(&fastlm::gru_pack_cpu));
+  m.impl("token_plan", TORCH_BOX(&fastlm::token_plan_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CompositeExplicitAutograd, m) {
+  m.impl("gru_packed_size", TORCH_BOX(&fastlm::gru_packed_size));
+}

@@ -1,0 +1,374 @@
+// One parallel region a call: every thread owns a range of hidden columns, keeps its slab of the
+// recurrent weights packed in its own cache, and meets the others once a step.
+//
+// A tile is kRows batch rows by a few vectors of columns, held in registers over the whole sum.
+// Every output element is one chain of fused multiply-adds over k in order, whatever tile it falls
+// into, so the result depends neither on the number of threads nor on the batch around a row.
+#include "common/vec.h"
+#include "embedding_gru/embedding_gru.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+constexpr int kGates = 3;
+// 24 accumulators of 32 registers with AVX-512, 12 of 16 elsewhere
+constexpr int kRows = kLanes == 16 ? 8 : 4;
+// columns of the backward product: as many accumulators again
+constexpr int kVectors = 3;
+// rows of equal power-of-two stride would fall into the same cache sets
+constexpr int64_t kSkew = 16;
+
+FASTLM_INLINE int64_t vectors(int64_t hidden) { return (hidden + kLanes - 1) / kLanes; }
+
+struct Range {
+  int64_t begin, end;
+};
+FASTLM_INLINE Range share(int64_t count, int rank, int members) {
+  return {count * rank / members, count * (rank + 1) / members};
+}
+
+FASTLM_INLINE Vec load_columns(const float* p, int64_t column, int64_t hidden) {
+  return column + kLanes <= hidden ? load(p + column)
+                                   : load_first(p + column, int(hidden - column), 0.f);
+}
+FASTLM_INLINE void store_columns(float* p, int64_t column, int64_t hidden, Vec x) {
+  if (column + kLanes <= hidden) {
+    store(p + column, x);
+  } else {
+    store_first(p + column, x, int(hidden - column));
+  }
+}
+
+// sum[i][v] += sum over k of a[i][k] * panel[k][v]; panel [depth][Width vectors]
+template <int Rows, int Width>
+FASTLM_INLINE void multiply(const float* a, int64_t stride, const float* panel, int64_t depth,
+                            Vec (&sum)[Rows][Width]) {
+  for (int64_t k = 0; k < depth; ++k, panel += Width * kLanes) {
+    Vec b[Width];
+#pragma GCC unroll 8
+    for (int v = 0; v < Width; ++v) b[v] = load(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      Vec x = broadcast(a[i * stride + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Width; ++v) sum[i][v] += x * b[v];
+    }
+  }
+}
+
+// w [3H, H] -> per vector of columns: 3 bias vectors, then [k][gate][lane]; columns past H are 0
+void pack_forward(const float* w, const float* bias, int64_t hidden, Range own, float* packed) {
+  for (int64_t v = own.begin; v < own.end; ++v) {
+    float* panel = packed + v * kGates * kLanes * (hidden + 1);
+    for (int g = 0; g < kGates; ++g) {
+      const float* b = bias ? bias + g * hidden : nullptr;
+      store(panel + g * kLanes, b ? load_columns(b, v * kLanes, hidden) : Vec{});
+    }
+    panel += kGates * kLanes;
+    for (int64_t k0 = 0; k0 < hidden; k0 += kLanes) {
+      int64_t depth = hidden - k0 < kLanes ? hidden - k0 : kLanes;
+      for (int g = 0; g < kGates; ++g) {
+        float block[kLanes][kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+          int64_t column = v * kLanes + j;
+          Vec row = column < hidden ? load_columns(w + (g * hidden + column) * hidden, k0, hidden)
+                                    : Vec{};
+          store(block[j], row);
+        }
+        for (int64_t k = 0; k < depth; ++k) {
+          float* to = panel + ((k0 + k) * kGates + g) * kLanes;
+          for (int j = 0; j < kLanes; ++j) to[j] = block[j][k];
+        }
+      }
+    }
+  }
+}
+
+struct ForwardBuffers {
+  const float* packed;  // [vectors][1 + H][3][kLanes]
+  float* state[2];      // [B][state_stride], zero past H
+  int64_t state_stride;
+};
+
+FASTLM_INLINE int64_t packed_size(int64_t hidden) {
+  return vectors(hidden) * kGates * kLanes * (hidden + 1);
+}
+
+FASTLM_INLINE ForwardBuffers forward_buffers(const GruForward& a) {
+  const GruShape& s = a.shape;
+  ForwardBuffers b;
+  b.state_stride = vectors(s.hidden) * kLanes + kSkew;
+  b.packed = a.packed ? a.packed : a.workspace;
+  b.state[0] = a.workspace + (a.packed ? 0 : packed_size(s.hidden));
+  b.state[1] = b.state[0] + s.batch * b.state_stride;
+  return b;
+}
+
+// one step of Rows sequences and one vector of hidden units
+template <int Rows>
+void forward_tile(const GruForward& a, const ForwardBuffers& buffers, int64_t step, int64_t row,
+                  int64_t vector) {
+  const GruShape& s = a.shape;
+  const int64_t hidden = s.hidden, column = vector * kLanes;
+  const int64_t t = s.reverse ? s.steps - 1 - step : step;
+  const int64_t stride = buffers.state_stride;
+  const float* h = buffers.state[step & 1] + row * stride;
+  float* next = buffers.state[(step + 1) & 1] + row * stride;
+  const float* panel = buffers.packed + vector * kGates * kLanes * (hidden + 1);
+
+  Vec sum[Rows][kGates];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGates; ++g) sum[i][g] = load(panel + g * kLanes);
+  }
+  multiply<Rows, kGates>(h, stride, panel + kGates * kLanes, hidden, sum);
+
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t n = (row + i) * s.batch_stride + t * s.step_stride;
+    const float* x = a.table + (a.index ? a.index[n] : n) * kGates * hidden;
+    Vec r = sigmoid(load_columns(x, column, hidden) + sum[i][0]);
+    Vec z = sigmoid(load_columns(x + hidden, column, hidden) + sum[i][1]);
+    Vec c = tanh(load_columns(x + 2 * hidden, column, hidden) + r * sum[i][2]);
+    Vec out = c + z * (load(h + i * stride + column) - c);
+    store_columns(a.out + n * hidden, column, hidden, out);
+    if (a.gates) {
+      float* gates = a.gates + n * 4 * hidden;
+      store_columns(gates, column, hidden, r);
+      store_columns(gates + hidden, column, hidden, z);
+      store_columns(gates + 2 * hidden, column, hidden, c);
+      store_columns(gates + 3 * hidden, column, hidden, sum[i][2]);
+    }
+    if (step + 1 == s.steps) {
+      store_columns(a.h_n + (row + i) * hidden, column, hidden, out);
+    } else {
+      // what the next step starts from: nothing, where it begins a document
+      int64_t following = n + (s.reverse ? -s.step_stride : s.step_stride);
+      store(next + i * stride + column, a.reset && a.reset[following] ? Vec{} : out);
+    }
+  }
+}
+
+template <typename Tile>
+FASTLM_INLINE void for_row_tiles(int64_t batch, const Tile& tile) {
+  int64_t row = 0;
+  for (; row + kRows <= batch; row += kRows) tile.template run<kRows>(row);
+  if (kRows == 8 && batch - row >= 4) {
+    tile.template run<4>(row);
+    row += 4;
+  }
+  if (batch - row >= 2) {
+    tile.template run<2>(row);
+    row += 2;
+  }
+  if (batch - row == 1) tile.template run<1>(row);
+}
+
+struct ForwardTile {
+  const GruForward& args;
+  const ForwardBuffers& buffers;
+  int64_t step, vector;
+  template <int Rows>
+  void run(int64_t row) const {
+    forward_tile<Rows>(args, buffers, step, row, vector);
+  }
+};
+
+// w [3H, H] -> per vector of columns [k < 3H][lane], the vectors of one panel side by side
+template <int Width>
+void pack_backward(const float* w, int64_t hidden, int64_t vector, float* packed) {
+  float* panel = packed + vector * kLanes * kGates * hidden;
+  for (int64_t k = 0; k < kGates * hidden; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Width; ++v) {
+      store(panel + (k * Width + v) * kLanes,
+            load_columns(w + k * hidden, (vector + v) * kLanes, hidden));
+    }
+  }
+}
+
+struct BackwardBuffers {
+  float* packed;    // [vectors * kLanes][3H] floats, in panels
+  float* dgate[2];  // [B][gate_stride]: dr, dz, dn * r of one step
+  float* carry;     // [B][state_stride]: gradient of the state
+  int64_t gate_stride, state_stride;
+};
+
+FASTLM_INLINE BackwardBuffers backward_buffers(const GruShape& s, float* workspace) {
+  int64_t count = vectors(s.hidden);
+  BackwardBuffers b;
+  b.gate_stride = kGates * count * kLanes + kSkew;
+  b.state_stride = count * kLanes + kSkew;
+  b.packed = workspace;
+  b.dgate[0] = b.packed + count * kLanes * kGates * s.hidden;
+  b.dgate[1] = b.dgate[0] + s.batch * b.gate_stride;
+  b.carry = b.dgate[1] + s.batch * b.gate_stride;
+  return b;
+}
+
+// gradients of the gates of one token, and what reaches the state directly through z
+void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_t step, int64_t b,
+                    Range own) {
+  const GruShape& s = a.shape;
+  const int64_t hidden = s.hidden;
+  const int64_t t = s.reverse ? s.steps - 1 - step : step;
+  const int64_t n = b * s.batch_stride + t * s.step_stride;
+  const int64_t before = n - (s.reverse ? -s.step_stride : s.step_stride);
+  const bool starts = a.reset && a.reset[n];
+  const float* previous = starts     ? nullptr
+                          : step > 0 ? a.out + before * hidden
+                          : a.h0     ? a.h0 + b * hidden
+                                     : nullptr;
+  const float* gates = a.gates + n * 4 * hidden;
+  float* carry = buffers.carry + b * buffers.state_stride;
+  float* scratch = buffers.dgate[step & 1] + b * buffers.gate_stride;
+  float* dgates = a.dhidden_gates + n * kGates * hidden;
+  float* dtable = a.dtable + (a.index ? a.index[n] : n) * kGates * hidden;
+  float* dbias = a.dbias;
+  for (int64_t v = own.begin; v < own.end; ++v) {
+    const int64_t j = v * kLanes;
+    Vec r = load_columns(gates, j, hidden), z = load_columns(gates + hidden, j, hidden);
+    Vec c = load_columns(gates + 2 * hidden, j, hidden);
+    Vec hn = load_columns(gates + 3 * hidden, j, hidden);
+    Vec h = previous ? load_columns(previous, j, hidden) : Vec{};
+    Vec d = load(carry + j);
+    if (a.dout) d += load_columns(a.dout + n * hidden, j, hidden);
+    Vec dn = d * (1.f - z) * (1.f - c * c);
+    Vec dz = d * (h - c) * z * (1.f - z);
+    Vec dr = dn * hn * r * (1.f - r);
+    Vec dnr = dn * r;
+    store(carry + j, d * z);
+    store_columns(scratch, j, hidden, dr);
+    store_columns(scratch + hidden, j, hidden, dz);
+    store_columns(scratch + 2 * hidden, j, hidden, dnr);
+    store_columns(dgates, j, hidden, dr);
+    store_columns(dgates + hidden, j, hidden, dz);
+    store_columns(dgates + 2 * hidden, j, hidden, dnr);
+    const Vec to_input[kGates] = {dr, dz, dn}, to_hidden[kGates] = {dr, dz, dnr};
+#pragma GCC unroll 8
+    for (int g = 0; g < kGates; ++g) {
+      Vec old = a.index ? load_columns(dtable + g * hidden, j, hidden) : Vec{};
+      store_columns(dtable + g * hidden, j, hidden, old + to_input[g]);
+      float* sums = dbias + g * hidden;
+      store_columns(sums, j, hidden, load_columns(sums, j, hidden) + to_input[g]);
+      sums += kGates * hidden;
+      store_columns(sums, j, hidden, load_columns(sums, j, hidden) + to_hidden[g]);
+    }
+  }
+}
+
+// carry[rows][columns] += dgate[rows][3H] W_hh[3H][columns]
+template <int Width>
+struct BackwardTile {
+  const GruBackward& args;
+  const BackwardBuffers& buffers;
+  int64_t step, vector;
+
+  template <int Rows>
+  void run(int64_t row) const {
+    const GruShape& s = args.shape;
+    const int64_t t = s.reverse ? s.steps - 1 - step : step;
+    Vec sum[Rows][Width] = {};
+    multiply<Rows, Width>(buffers.dgate[step & 1] + row * buffers.gate_stride, buffers.gate_stride,
+                          buffers.packed + vector * kLanes * kGates * s.hidden, kGates * s.hidden,
+                          sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      float* carry = buffers.carry + (row + i) * buffers.state_stride + vector * kLanes;
+      const int64_t n = (row + i) * s.batch_stride + t * s.step_stride;
+      const bool starts = args.reset && args.reset[n];
+#pragma GCC unroll 8
+      for (int v = 0; v < Width; ++v) {
+        // nothing flows back past the start of a document
+        store(carry + v * kLanes, starts ? Vec{} : load(carry + v * kLanes) + sum[i][v]);
+      }
+    }
+  }
+};
+
+template <template <int> class Action, typename... Args>
+FASTLM_INLINE void for_panels(Range own, const Args&... args) {
+  int64_t v = own.begin;
+  for (; v + kVectors <= own.end; v += kVectors) Action<kVectors>::run(v, args...);
+  if (own.end - v == 2) Action<2>::run(v, args...);
+  if (own.end - v == 1) Action<1>::run(v, args...);
+}
+
+template <int Width>
+struct PackPanel {
+  static void run(int64_t vector, const float* w, int64_t hidden, float* packed) {
+    pack_backward<Width>(w, hidden, vector, packed);
+  }
+};
+
+template <int Width>
+struct MultiplyPanel {
+  static void run(int64_t vector, const GruBackward& args, const BackwardBuffers& buffers,
+                  int64_t step) {
+    for_row_tiles(args.shape.batch, BackwardTile<Width>{args, buffers, step, vector});
+  }
+};
+
+}  // namespace
+
+void gru_pack(const float* w_hh, const float* b_hh, int64_t hidden, float* packed) {
+  pack_forward(w_hh, b_hh, hidden, {0, vectors(hidden)}, packed);
+}
+
+void gru_forward(const GruForward& a, Team& team, int rank) {
+  const GruShape& s = a.shape;
+  const ForwardBuffers buffers = forward_buffers(a);
+  const Range own = share(vectors(s.hidden), rank, team.size());
+  int round = 0;
+  if (!a.packed) pack_forward(a.w_hh, a.b_hh, s.hidden, own, a.workspace);
+  const int64_t first = s.reverse ? (s.steps - 1) * s.step_stride : 0;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const bool starts = a.reset && a.reset[b * s.batch_stride + first];
+    for (int64_t v = own.begin; v < own.end; ++v) {
+      Vec h = a.h0 && !starts ? load_columns(a.h0 + b * s.hidden, v * kLanes, s.hidden) : Vec{};
+      store(buffers.state[0] + b * buffers.state_stride + v * kLanes, h);
+    }
+  }
+  for (int64_t step = 0; step < s.steps; ++step) {
+    // the state is double-buffered: who is past this barrier writes what nobody reads any more
+    team.barrier(&round);
+    for (int64_t v = own.begin; v < own.end; ++v) {
+      for_row_tiles(s.batch, ForwardTile{a, buffers, step, v});
+    }
+  }
+}
+
+void gru_backward(const GruBackward& a, Team& team, int rank) {
+  const GruShape& s = a.shape;
+  const int64_t hidden = s.hidden;
+  const BackwardBuffers buffers = backward_buffers(s, a.workspace);
+  const Range own = share(vectors(hidden), rank, team.size());
+  int round = 0;
+  for_panels<PackPanel>(own, a.w_hh, hidden, buffers.packed);
+  for (int64_t v = own.begin; v < own.end; ++v) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      Vec d = a.dh_n ? load_columns(a.dh_n + b * hidden, v * kLanes, hidden) : Vec{};
+      store(buffers.carry + b * buffers.state_stride + v * kLanes, d);
+    }
+    for (int g = 0; g < 2 * kGates; ++g) {
+      store_columns(a.dbias + g * hidden, v * kLanes, hidden, Vec{});
+    }
+  }
+  for (int64_t step = s.steps - 1; step >= 0; --step) {
+    for (int64_t b = 0; b < s.batch; ++b) gate_gradients(a, buffers, step, b, own);
+    // every column of this step's gate gradients is needed; they are double-buffered as well
+    team.barrier(&round);
+    for_panels<MultiplyPanel>(own, a, buffers, step);
+  }
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t v = own.begin; v < own.end; ++v) {
+      store_columns(a.dh0 + b * hidden, v * kLanes, hidden,
+                    load(buffers.carry + b * buffers.state_stride + v * kLanes));
+    }
+  }
+}
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

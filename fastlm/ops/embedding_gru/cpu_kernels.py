@@ -1,0 +1,76 @@
+"""The compiled recurrence, with the arguments of `reference`; see csrc/embedding_gru."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...extension import raw
+
+
+def forward(
+    table: Tensor,
+    index: Tensor | None,
+    reset: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    batch: int,
+    batch_first: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, hidden = (table if index is None else index).shape[0], w_hh.shape[1]
+    output, gates = table.new_empty(tokens, hidden), table.new_empty(tokens, 4 * hidden)
+    h_n = table.new_empty(batch, hidden)
+    raw("gru_forward")(
+        table, index, reset, w_hh, b_hh, h0, None, batch_first, reverse, output, h_n, gates
+    )
+    return output, h_n, gates
+
+
+def backward(
+    doutput: Tensor,
+    dh_n: Tensor,
+    index: Tensor | None,
+    rows: int,
+    reset: Tensor | None,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    batch: int,
+    batch_first: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = 3 * w_hh.shape[1]
+    dhidden = gates.new_empty(gates.shape[0], width)
+    # shared rows are summed by the kernel, token by token in a fixed order
+    dtable = gates.new_empty(rows, width) if index is None else gates.new_zeros(rows, width)
+    dh0, dbias = torch.empty_like(dh_n), gates.new_empty(2, width)
+    raw("gru_backward")(
+        doutput, dh_n, index, reset, w_hh, h0, output, gates, batch_first, reverse,
+        dhidden, dtable, dh0, dbias,
+    )  # fmt: skip
+    return dtable, dhidden, dh0, dbias
+
+
+def pack(w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """The recurrent weights in the order the kernel reads them, for many single steps."""
+    packed = w_hh.new_empty(raw("gru_packed_size")(w_hh.shape[1]))
+    raw("gru_pack")(w_hh, b_hh, packed)
+    return packed
+
+
+def step(table: Tensor, index: Tensor | None, w_hh: Tensor, packed: Tensor, h: Tensor) -> Tensor:
+    """One step of every sequence; `table`, `index` as in `forward` with T = 1."""
+    output, h_n = torch.empty_like(h), torch.empty_like(h)
+    raw("gru_forward")(table, index, None, w_hh, None, h, packed, True, False, output, h_n, None)
+    return h_n
+
+
+def token_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
+    """Distinct tokens in ascending order, and each token's rank among them."""
+    unique = tokens.new_empty(min(tokens.numel(), num_embeddings))
+    inverse = torch.empty_like(tokens)
+    count = raw("token_plan")(tokens, num_embeddings, unique, inverse)
+    return unique[:count], inverse

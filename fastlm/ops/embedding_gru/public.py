@@ -1,0 +1,321 @@
+"""The public functions `gru`, `embedding_gru` and `token_plan`: arguments, layers, directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from .op import EmbeddingGRULayer, GRULayer
+
+PRECISIONS = ("auto", "ieee")
+
+
+class TokenPlan(NamedTuple):
+    """Distinct tokens of a batch, made once by `token_plan` and given to `embedding_gru`.
+
+    unique [U]: distinct tokens, ascending. inverse [N]: rank of each token among them. order [N]:
+    positions sorted by token, stable; those of unique[i] stand at offsets[i]:offsets[i + 1].
+    """
+
+    unique: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    order: Tensor
+
+
+def token_plan(ids: Tensor, num_embeddings: int) -> TokenPlan:
+    """Which rows of an embedding a batch uses, and where.
+
+    Args:
+        ids: [...], any integer dtype, in [0, num_embeddings).
+        num_embeddings: rows of the embedding.
+
+    Returns:
+        `TokenPlan`, int64 tensors on the device of `ids`, for `ids` flattened.
+
+    Raises:
+        TypeError: ids are not integers. IndexError: a token is out of range (CPU).
+    """
+    checks.integer("token_plan", "ids", ids)
+    flat = ids.reshape(-1).long()
+    checks.index_range("token_plan", "ids", flat, num_embeddings, None)
+    unique, inverse, counts = torch.unique(
+        flat, sorted=True, return_inverse=True, return_counts=True
+    )
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return TokenPlan(unique, inverse, offsets, inverse.argsort(stable=True))
+
+
+def _weight_checks(
+    op: str, features: int, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> int:
+    checks.floating(op, "w_ih", w_ih)
+    hidden = w_hh.shape[-1]
+    checks.shape(op, "w_hh", w_hh, (3 * hidden, hidden), "three gates r, z, n")
+    checks.shape(op, "w_ih", w_ih, (3 * hidden, features), "three gates, input size")
+    for name, value in (("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
+        if value is not None:
+            checks.same_dtype(op, name, value, "w_ih", w_ih)
+            checks.same_device(op, name, value, "w_ih", w_ih)
+            if name != "w_hh":
+                checks.shape(op, name, value, (3 * hidden,))
+    return hidden
+
+
+def _starts(
+    op: str,
+    shape: torch.Size,
+    batch_first: bool,
+    reset: Tensor | None,
+    segment_ids: Tensor | None,
+) -> Tensor | None:
+    """uint8 mask of tokens that start from a zero state, in the layout of the input."""
+    if segment_ids is not None:
+        checks.shape(op, "segment_ids", segment_ids, tuple(shape))
+        dim = 1 if batch_first else 0
+        length = shape[dim]
+        changes = torch.zeros(shape, dtype=torch.bool, device=segment_ids.device)
+        if length > 1:
+            now, before = (segment_ids.narrow(dim, start, length - 1) for start in (1, 0))
+            changes.narrow(dim, 1, length - 1).copy_(now != before)
+        reset = changes if reset is None else changes | reset.bool()
+    if reset is None:
+        return None
+    checks.shape(op, "reset", reset, tuple(shape))
+    return reset.ne(0).to(torch.uint8)
+
+
+def _reverse_starts(starts: Tensor | None, batch_first: bool) -> Tensor | None:
+    """Where the other direction starts afresh: at the last token of each document."""
+    if starts is None:
+        return None
+    dim = 1 if batch_first else 0
+    shifted = torch.zeros_like(starts)
+    length = starts.shape[dim]
+    if length > 1:
+        shifted.narrow(dim, 0, length - 1).copy_(starts.narrow(dim, 1, length - 1))
+    return shifted
+
+
+def _document_starts(op: str, cu_seqlens: Tensor, total: int) -> Tensor:
+    """[1, total] mask for packed documents; offsets [0, ..., total], empty documents allowed."""
+    checks.integer(op, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        checks.bad_value(op, "cu_seqlens", "[documents + 1]", list(cu_seqlens.shape))
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in zip(ends, ends[1:])):  # noqa: B905
+            expected = f"ascending from 0 to {total}, the number of tokens"
+            checks.bad_value(op, "cu_seqlens", expected, ends)
+    mask = torch.zeros(total + 1, dtype=torch.uint8, device=cu_seqlens.device)
+    mask[cu_seqlens.long()] = 1
+    return mask[:total].unsqueeze(0)
+
+
+def _final_states(output: Tensor, cu_seqlens: Tensor, reverse: bool = False) -> Tensor:
+    """[documents, H]: the state after the last token processed, zeros for an empty document."""
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    if output.shape[0] == 0:
+        return output.new_zeros(ends.shape[0], output.shape[1])
+    last = starts.clamp(max=output.shape[0] - 1) if reverse else (ends - 1).clamp(min=0)
+    return torch.where((ends > starts)[:, None], output[last], 0.0)
+
+
+def _h0_check(op: str, h0: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    if h0 is not None:
+        checks.shape(op, "h0" if op == "embedding_gru" else "hx", h0, shape)
+        checks.same_dtype(op, "h0" if op == "embedding_gru" else "hx", h0, "the weights", like)
+
+
+def embedding_gru(
+    tokens: Tensor,
+    weight: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    batch_first: bool = True,
+    plan: TokenPlan | None = None,
+    dedupe: str = "auto",
+    padding_idx: int | None = None,
+    reset: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    precision: str = "auto",
+    save: str = "gates",
+) -> tuple[Tensor, Tensor]:
+    """A GRU layer over embedded tokens, without building the embedded sequence.
+
+    Same as, for one layer and tokens [B, T]:
+        torch.nn.GRU(..., batch_first=True)(torch.nn.functional.embedding(tokens, weight), h0[None])
+    but the input projection is computed once for each distinct token.
+
+    Args:
+        tokens: [B, T] ([T, B] without `batch_first`), [T] for one sequence, or [total] with
+            `cu_seqlens`; any integer dtype, in [0, V).
+        weight: [V, D] embedding; float64, float32, float16 or bfloat16, as all weights.
+        w_ih, w_hh: [3H, D], [3H, H], gates r, z, n as in torch.nn.GRU.
+        b_ih, b_hh: [3H] or None.
+        h0: [B, H] ([H] for one sequence) or None for zeros.
+        plan: `token_plan(tokens, V)`, when a data loader has made it.
+        dedupe: "batch": one projection for each distinct token of the batch. "vocab": one for each
+            row of `weight`. "off": one for each position. "auto": "batch" on the CPU; on a GPU,
+            where counting distinct tokens would be a host synchronisation, "vocab" when
+            V <= 1.5 N, else "off".
+        padding_idx: row of `weight` that gets no gradient.
+        reset: bool or integer, in the shape of `tokens`: nonzero starts that token from a zero
+            state.
+        segment_ids: in the shape of `tokens`: the state starts afresh where the value changes.
+        cu_seqlens: [documents + 1] offsets of documents packed in `tokens` [total].
+        precision: "ieee" computes in float32 (float64 for float64 weights); "auto" is "ieee".
+        save: what the backward keeps per token: "gates" 5 x H values, "hidden" 1 x H and recomputes
+            the gates in one product.
+
+    Returns:
+        output [B, T, H] (the layout of `tokens`) and h_n [B, H], [documents, H] with `cu_seqlens`;
+        both in the dtype of the weights.
+
+    Raises:
+        ValueError: a shape or option differs from the above. TypeError: a dtype does.
+        IndexError: a token is out of range (CPU; on a GPU its row is undefined).
+    """
+    op = "embedding_gru"
+    checks.integer(op, "tokens", tokens)
+    checks.shape(op, "weight", weight, (None, None))
+    hidden = _weight_checks(op, weight.shape[1], w_ih, w_hh, b_ih, b_hh)
+    checks.same_dtype(op, "weight", weight, "w_ih", w_ih)
+    checks.one_of(op, "dedupe", dedupe, ("auto", "batch", "vocab", "off"))
+    checks.one_of(op, "precision", precision, PRECISIONS)
+    checks.one_of(op, "save", save, ("gates", "hidden"))
+    tokens = tokens.long()
+    packed = cu_seqlens is not None
+    if packed and (tokens.dim() != 1 or h0 is not None or reset is not None):
+        checks.bad_value(
+            op, "tokens with cu_seqlens", "[total], without h0 and reset", list(tokens.shape)
+        )
+    if tokens.dim() not in (1, 2):
+        checks.bad_value(op, "tokens", "[B, T] or [T]", list(tokens.shape))
+    single = tokens.dim() == 1
+    if single:
+        tokens, batch_first = tokens.unsqueeze(0), True
+        h0 = None if h0 is None else h0.unsqueeze(0)
+        reset = None if reset is None else reset.unsqueeze(0)
+        segment_ids = None if segment_ids is None else segment_ids.unsqueeze(0)
+    batch = tokens.shape[0 if batch_first else 1]
+    _h0_check(op, h0, (batch, hidden), weight)
+    starts = _starts(op, tokens.shape, batch_first, reset, segment_ids)
+    if cu_seqlens is not None:
+        starts = _document_starts(op, cu_seqlens, tokens.shape[1])
+    unique = inverse = None
+    if plan is not None:
+        checks.shape(op, "plan.inverse", plan.inverse, (tokens.numel(),), "tokens of the batch")
+        unique, inverse, dedupe = plan.unique, plan.inverse, "batch"
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    if dedupe == "auto":
+        few = weight.shape[0] <= 1.5 * tokens.numel()
+        dedupe = "batch" if tokens.device.type == "cpu" else "vocab" if few else "off"
+    output, h_n = EmbeddingGRULayer.apply(
+        tokens, weight, w_ih, w_hh, b_ih, b_hh, h0, starts, unique, inverse,
+        dedupe, padding_idx, batch_first, False, save,
+    )  # fmt: skip
+    if single:
+        output = output[0]
+        h_n = h_n[0] if cu_seqlens is None else _final_states(output, cu_seqlens)
+    return output, h_n
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    precision: str = "auto",
+    save: str = "gates",
+) -> tuple[Tensor, Tensor]:
+    """A GRU over dense input, with the weights of torch.nn.GRU.
+
+    Same as, for gru = torch.nn.GRU(C, H):
+        gru(input, hx)        with flat_weights = gru._flat_weights
+
+    Args:
+        input: [T, B, C], [B, T, C] with `batch_first`, [T, C] for one sequence, or [total, C] with
+            `cu_seqlens`; float64, float32, float16 or bfloat16.
+        hx: [num_layers * directions, B, H] (without B for one sequence) or None for zeros.
+        flat_weights: for each layer, for each direction: w_ih [3H, C], w_hh [3H, H], and with
+            `bias` b_ih, b_hh [3H].
+        dropout: probability, between layers, when `training`.
+        reset, segment_ids, cu_seqlens, precision, save: as in `embedding_gru`; shapes without C.
+            The reverse direction starts afresh at the last token of each document.
+
+    Returns:
+        output [T, B, directions * H] in the layout of `input`, and h_n in the shape of `hx`;
+        with `cu_seqlens` h_n is [num_layers * directions, documents, H].
+
+    Raises:
+        ValueError: a shape or option differs from the above. TypeError: a dtype does.
+    """
+    op = "gru"
+    checks.floating(op, "input", input)
+    checks.one_of(op, "precision", precision, PRECISIONS)
+    checks.one_of(op, "save", save, ("gates", "hidden"))
+    directions, per_cell = (2 if bidirectional else 1), (4 if bias else 2)
+    if len(flat_weights) != num_layers * directions * per_cell:
+        expected = f"{num_layers * directions * per_cell} tensors"
+        checks.bad_value(op, "flat_weights", expected, len(flat_weights))
+    if input.dim() not in (2, 3) or (cu_seqlens is not None and input.dim() != 2):
+        checks.bad_value(op, "input", "[T, B, C] or [T, C]", list(input.shape))
+    if cu_seqlens is not None and (hx is not None or reset is not None):
+        checks.bad_value(op, "hx and reset", "None with cu_seqlens", "a tensor")
+    single = input.dim() == 2
+    if single:
+        input, batch_first = input.unsqueeze(0), True
+        hx = None if hx is None else hx.unsqueeze(1)
+        reset = None if reset is None else reset.unsqueeze(0)
+        segment_ids = None if segment_ids is None else segment_ids.unsqueeze(0)
+    hidden = flat_weights[1].shape[-1]
+    batch = input.shape[0 if batch_first else 1]
+    checks.same_dtype(op, "input", input, "the weights", flat_weights[0])
+    _h0_check(op, hx, (num_layers * directions, batch, hidden), input)
+    starts = _starts(op, input.shape[:2], batch_first, reset, segment_ids)
+    if cu_seqlens is not None:
+        starts = _document_starts(op, cu_seqlens, input.shape[1])
+    backwards = _reverse_starts(starts, batch_first) if bidirectional else None
+    states = []
+    for number in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            cell = number * directions + direction
+            w_ih, w_hh, *biases = flat_weights[cell * per_cell : (cell + 1) * per_cell]
+            b_ih, b_hh = biases if bias else (None, None)
+            _weight_checks(op, input.shape[2], w_ih, w_hh, b_ih, b_hh)
+            output, h_n = GRULayer.apply(
+                input, w_ih, w_hh, b_ih, b_hh, None if hx is None else hx[cell],
+                backwards if direction else starts, batch_first, bool(direction), save,
+            )  # fmt: skip
+            outputs.append(output)
+            if cu_seqlens is not None:
+                h_n = _final_states(output[0], cu_seqlens, bool(direction))
+            states.append(h_n)
+        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if dropout and training and number + 1 < num_layers:
+            input = torch.nn.functional.dropout(input, dropout)
+    h_n = torch.stack(states)
+    if single:
+        return input[0], (h_n if cu_seqlens is not None else h_n[:, 0])
+    return input, h_n

@@ -1,0 +1,130 @@
+"""The recurrence of one GRU layer in plain PyTorch: specification, fallback and oracle.
+
+Tokens stand flattened in the order of the input: n = b * T + t with `batch_first`, else t * B + b.
+    r = sigmoid(x_r + W_hr h + b_hr)      z = sigmoid(x_z + W_hz h + b_hz)
+    a = W_hn h + b_hn                     n = tanh(x_n + r a)          h' = n + z (h - n)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _by_step(flat: Tensor, batch: int, batch_first: bool) -> Tensor:
+    """[N, ...] -> view [T, B, ...]."""
+    if batch_first:
+        return flat.unflatten(0, (batch, -1)).transpose(0, 1)
+    return flat.unflatten(0, (-1, batch))
+
+
+def forward(
+    table: Tensor,
+    index: Tensor | None,
+    reset: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    batch: int,
+    batch_first: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`table` [rows, 3H] holds W_i* x + b_i*, one row a token or, with `index` [N], shared ones.
+
+    Returns output [N, H], h_n [B, H] and gates [N, 4H] = (r, z, n, a), in the dtype of `table`.
+    """
+    gates_x = _by_step(table if index is None else table[index], batch, batch_first)
+    hidden = w_hh.shape[1]
+    tokens = gates_x.shape[0] * batch
+    output, gates = table.new_empty(tokens, hidden), table.new_empty(tokens, 4 * hidden)
+    out_steps, gate_steps = (_by_step(x, batch, batch_first) for x in (output, gates))
+    reset_steps = None if reset is None else _by_step(reset, batch, batch_first)
+    h = table.new_zeros(batch, hidden) if h0 is None else h0
+    steps = range(gates_x.shape[0])
+    for t in reversed(steps) if reverse else steps:
+        if reset_steps is not None:
+            h = torch.where(reset_steps[t][:, None] != 0, 0.0, h)
+        recurrent = torch.nn.functional.linear(h, w_hh, b_hh)
+        x_r, x_z, x_n = gates_x[t].chunk(3, -1)
+        h_r, h_z, a = recurrent.chunk(3, -1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * a)
+        h = n + z * (h - n)
+        out_steps[t] = h
+        gate_steps[t] = torch.cat((r, z, n, a), -1)
+    return output, h.clone(), gates
+
+
+def previous_states(
+    output: Tensor,
+    reset: Tensor | None,
+    h0: Tensor | None,
+    batch: int,
+    batch_first: bool,
+    reverse: bool,
+) -> Tensor:
+    """[N, H]: the state each token started from."""
+    previous = torch.empty_like(output)
+    steps, source = (_by_step(x, batch, batch_first) for x in (previous, output))
+    if reverse:
+        steps[:-1], first = source[1:], steps[-1]
+    else:
+        steps[1:], first = source[:-1], steps[0]
+    if h0 is None:
+        first.zero_()
+    else:
+        first.copy_(h0)
+    return previous if reset is None else previous.masked_fill_(reset[:, None] != 0, 0.0)
+
+
+def recompute_gates(
+    table: Tensor, index: Tensor | None, previous: Tensor, w_hh: Tensor, b_hh: Tensor | None
+) -> Tensor:
+    """The gates of every token from the saved states, in one product instead of a loop."""
+    x_r, x_z, x_n = (table if index is None else table[index]).chunk(3, -1)
+    h_r, h_z, a = torch.nn.functional.linear(previous, w_hh, b_hh).chunk(3, -1)
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    return torch.cat((r, z, torch.tanh(x_n + r * a), a), -1)
+
+
+def backward(
+    doutput: Tensor,
+    dh_n: Tensor,
+    index: Tensor | None,
+    rows: int,
+    reset: Tensor | None,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    batch: int,
+    batch_first: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`rows` is the number of rows of the table that `index` points into.
+
+    Returns dtable [rows, 3H] = (dr, dz, dn) summed over the tokens of a row, dhidden_gates [N, 3H]
+    = (dr, dz, dn * r), dh0 [B, H], and dbias [2, 3H], of b_ih and of b_hh.
+    """
+    previous = previous_states(output, reset, h0, batch, batch_first, reverse)
+    dinput, dhidden = (gates.new_empty(gates.shape[0], 3 * w_hh.shape[1]) for _ in range(2))
+    per_token = (doutput, previous, *gates.chunk(4, -1), dinput, dhidden)
+    steps = [_by_step(x, batch, batch_first) for x in per_token]
+    reset_steps = None if reset is None else _by_step(reset, batch, batch_first)
+    carry = dh_n
+    times = range(steps[0].shape[0])
+    for t in times if reverse else reversed(times):
+        dout_t, h_t, r, z, n, a, dinput_t, dhidden_t = (x[t] for x in steps)
+        d = carry + dout_t
+        dn = d * (1 - z) * (1 - n * n)
+        dz = d * (h_t - n) * z * (1 - z)
+        dr = dn * a * r * (1 - r)
+        dinput_t.copy_(torch.cat((dr, dz, dn), -1))
+        dhidden_t.copy_(torch.cat((dr, dz, dn * r), -1))
+        carry = d * z + dhidden_t @ w_hh
+        if reset_steps is not None:
+            carry = torch.where(reset_steps[t][:, None] != 0, 0.0, carry)
+    dtable = dinput
+    if index is not None:
+        dtable = dinput.new_zeros(rows, dinput.shape[1]).index_add_(0, index, dinput)
+    return dtable, dhidden, carry.clone(), torch.stack((dinput.sum(0), dhidden.sum(0)))
