@@ -69,7 +69,7 @@ def register(
     )
 
 
-def _device(named: dict[str, Any]) -> str:
+def device_type(named: dict[str, Any]) -> str:
     for value in named.values():
         if isinstance(value, torch.Tensor):
             return value.device.type
@@ -88,7 +88,7 @@ def _objection(
         return f"has no {which}"
     if not impl.proven and not forced:
         return NOT_PROVEN
-    device = _device(named)
+    device = device_type(named)
     if device not in impl.devices:
         return f"does not run on {device}"
     return impl.refuses(**named)
@@ -178,7 +178,7 @@ class Report(dict[str, dict[str, str]]):
     """{op: {backend: state}}; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("op", *BACKENDS)]
+        rows: list[tuple[str, ...]] = [("op", *BACKENDS)]
         rows += [(op, *(row[b] for b in BACKENDS)) for op, row in self.items()]
         notes = sorted({c for r in rows[1:] for c in r[1:] if len(c) > 12})
         short = {reason: f"no [{i}]" for i, reason in enumerate(notes, 1)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library, register_fake
 
 from . import dispatch
@@ -35,9 +37,49 @@ def define(
         named = dict(zip(names, args, strict=True))
         if check is not None:
             check(named)
-        return dispatch.select(op, which, named)(*args)
+        implementation = dispatch.select(op, which, named)
+        if torch.is_autocast_enabled(device := dispatch.device_type(named)):
+            # an op chooses its own precision; the products inside must not be cast again
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, key)
+    # the gradient belongs to the autograd.Function around the op, not to the op
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
     return overload
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone() for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "fastlm: this op is once_differentiable; for a second derivative use plain PyTorch"
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd.Function: a second derivative raises, it is never missing.
+
+    torch's own decorator raises only when the upstream gradient requires grad; after
+    `out.sum()` it does not, and the second derivative would be silently zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *upstream: Tensor) -> Any:
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        anchor = torch.zeros((), requires_grad=True)
+        marked = iter(_NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None)))
+        return tuple(None if g is None else next(marked) for g in grads)
+
+    return wrapper

@@ -27,6 +27,13 @@ inline const void* in(const std::optional<Tensor>& t) { return t ? t->const_data
 inline void* out(const Tensor& t) { return const_cast<Tensor&>(t).mutable_data_ptr(); }
 inline void* out(const std::optional<Tensor>& t) { return t ? out(*t) : nullptr; }
 
+inline const float* floats(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "fastlm_C: a float32 tensor was expected");
+  return static_cast<const float*>(in(t));
+}
+inline const float* floats(const std::optional<Tensor>& t) { return t ? floats(*t) : nullptr; }
+inline float* floats_out(const Tensor& t) { return const_cast<float*>(floats(t)); }
+
 inline bool is_bfloat16(const Tensor& t) {
   ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,

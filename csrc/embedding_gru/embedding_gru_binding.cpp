@@ -49,10 +49,6 @@ Workspace allocate(int64_t count) {
       static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
 }
 
-const float* floats(const Tensor& t) { return static_cast<const float*>(in(t)); }
-const float* floats(const std::optional<Tensor>& t) { return static_cast<const float*>(in(t)); }
-float* floats_out(const Tensor& t) { return static_cast<float*>(out(t)); }
-
 GruShape shape_of(int64_t batch, int64_t steps, int64_t hidden, bool batch_first, bool reverse) {
   return batch_first ? GruShape{batch, steps, hidden, steps, 1, reverse}
                      : GruShape{batch, steps, hidden, 1, batch, reverse};
@@ -75,7 +71,7 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.h0 = floats(h0);
   args.out = floats_out(output);
   args.h_n = floats_out(h_n);
-  args.gates = static_cast<float*>(out(gates));
+  args.gates = gates ? floats_out(*gates) : nullptr;
   args.packed = floats(packed);
   Workspace workspace = allocate(gru_forward_workspace(args.shape));
   args.workspace = workspace.get();

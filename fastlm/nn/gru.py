@@ -166,21 +166,23 @@ class EmbeddingGRU(nn.Module):
             with torch.no_grad():
                 # torch renormalises the rows that are looked up, in place
                 embedding(tokens)
-        w_ih, w_hh, *biases = weights[:per_cell]
-        starts = {"reset": reset, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens}
+        b_ih, b_hh = weights[2:4] if cells.bias else (None, None)
         output, h_first = embedding_gru(
             tokens,
             embedding.weight,
-            w_ih,
-            w_hh,
-            *biases,
+            weights[0],
+            weights[1],
+            b_ih,
+            b_hh,
             h0=None if h0 is None else h0[0],
             batch_first=cells.batch_first,
             plan=plan,
             dedupe=self.dedupe,
             padding_idx=embedding.padding_idx,
             save=cells.save,
-            **starts,
+            reset=reset,
+            segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens,
         )
         if cells.num_layers == 1:
             return output, h_first.unsqueeze(0)
@@ -196,7 +198,9 @@ class EmbeddingGRU(nn.Module):
             dropout=cells.dropout,
             training=self.training,
             save=cells.save,
-            **starts,
+            reset=reset,
+            segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens,
         )
         return output, torch.cat((h_first.unsqueeze(0), h_rest))
 
@@ -232,7 +236,8 @@ class GRUDecoder:
     def step(self, tokens: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B], h [num_layers, B, H] -> output [B, H] of the last layer, next h."""
         checks.index_range("nn.GRUDecoder", "tokens", tokens, self._table.shape[0], None)
-        states = []
+        states: list[Tensor] = []
+        index: Tensor | None
         table, index = self._table, tokens.long().contiguous()
         for number, cell in enumerate(self._cells):
             bias = cell[3] if len(cell) > 2 else None

@@ -72,8 +72,11 @@ def _starts(
     batch_first: bool,
     reset: Tensor | None,
     segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor | None:
     """uint8 mask of tokens that start from a zero state, in the layout of the input."""
+    if cu_seqlens is not None:
+        return _document_starts(op, cu_seqlens, shape[1])
     if segment_ids is not None:
         checks.shape(op, "segment_ids", segment_ids, tuple(shape))
         dim = 1 if batch_first else 0
@@ -116,6 +119,17 @@ def _document_starts(op: str, cu_seqlens: Tensor, total: int) -> Tensor:
     return mask[:total].unsqueeze(0)
 
 
+def _cells(
+    op: str, flat_weights: Sequence[Tensor], count: int, bias: bool
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """(w_ih, w_hh, b_ih, b_hh) of every layer and direction."""
+    size = 4 if bias else 2
+    if len(flat_weights) != count * size:
+        checks.bad_value(op, "flat_weights", f"{count * size} tensors", len(flat_weights))
+    groups = (flat_weights[i * size : (i + 1) * size] for i in range(count))
+    return [(g[0], g[1], g[2] if bias else None, g[3] if bias else None) for g in groups]
+
+
 def _final_states(output: Tensor, cu_seqlens: Tensor, reverse: bool = False) -> Tensor:
     """[documents, H]: the state after the last token processed, zeros for an empty document."""
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
@@ -125,10 +139,31 @@ def _final_states(output: Tensor, cu_seqlens: Tensor, reverse: bool = False) -> 
     return torch.where((ends > starts)[:, None], output[last], 0.0)
 
 
-def _h0_check(op: str, h0: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    if h0 is not None:
-        checks.shape(op, "h0" if op == "embedding_gru" else "hx", h0, shape)
-        checks.same_dtype(op, "h0" if op == "embedding_gru" else "hx", h0, "the weights", like)
+def _check_options(op: str, precision: str, save: str) -> None:
+    checks.one_of(op, "precision", precision, PRECISIONS)
+    checks.one_of(op, "save", save, ("gates", "hidden"))
+
+
+def _check_state(op: str, name: str, h: Tensor | None, shape: tuple[int, ...], w: Tensor) -> None:
+    if h is not None:
+        checks.shape(op, name, h, shape)
+        checks.same_dtype(op, name, h, "the weights", w)
+
+
+def _check_dims(
+    op: str, name: str, dims: int, cu_seqlens: Tensor | None, given: Sequence[Tensor | None]
+) -> bool:
+    """Whether there is no batch dimension; `dims` counts batch and steps."""
+    if dims not in (1, 2):
+        checks.bad_value(op, name, "batched or one sequence", f"{dims} leading dimensions")
+    if cu_seqlens is not None and (dims == 2 or any(x is not None for x in given)):
+        expected = "packed [total], without initial state and reset"
+        checks.bad_value(op, f"{name} with cu_seqlens", expected, "something else")
+    return dims == 1
+
+
+def _batched(dim: int, *values: Tensor | None) -> list[Tensor | None]:
+    return [None if value is None else value.unsqueeze(dim) for value in values]
 
 
 def embedding_gru(
@@ -191,36 +226,23 @@ def embedding_gru(
     hidden = _weight_checks(op, weight.shape[1], w_ih, w_hh, b_ih, b_hh)
     checks.same_dtype(op, "weight", weight, "w_ih", w_ih)
     checks.one_of(op, "dedupe", dedupe, ("auto", "batch", "vocab", "off"))
-    checks.one_of(op, "precision", precision, PRECISIONS)
-    checks.one_of(op, "save", save, ("gates", "hidden"))
+    _check_options(op, precision, save)
+    single = _check_dims(op, "tokens", tokens.dim(), cu_seqlens, (h0, reset))
     tokens = tokens.long()
-    packed = cu_seqlens is not None
-    if packed and (tokens.dim() != 1 or h0 is not None or reset is not None):
-        checks.bad_value(
-            op, "tokens with cu_seqlens", "[total], without h0 and reset", list(tokens.shape)
-        )
-    if tokens.dim() not in (1, 2):
-        checks.bad_value(op, "tokens", "[B, T] or [T]", list(tokens.shape))
-    single = tokens.dim() == 1
     if single:
         tokens, batch_first = tokens.unsqueeze(0), True
-        h0 = None if h0 is None else h0.unsqueeze(0)
-        reset = None if reset is None else reset.unsqueeze(0)
-        segment_ids = None if segment_ids is None else segment_ids.unsqueeze(0)
-    batch = tokens.shape[0 if batch_first else 1]
-    _h0_check(op, h0, (batch, hidden), weight)
-    starts = _starts(op, tokens.shape, batch_first, reset, segment_ids)
-    if cu_seqlens is not None:
-        starts = _document_starts(op, cu_seqlens, tokens.shape[1])
+        h0, reset, segment_ids = _batched(0, h0, reset, segment_ids)
+    _check_state(op, "h0", h0, (tokens.shape[0 if batch_first else 1], hidden), weight)
+    starts = _starts(op, tokens.shape, batch_first, reset, segment_ids, cu_seqlens)
     unique = inverse = None
     if plan is not None:
         checks.shape(op, "plan.inverse", plan.inverse, (tokens.numel(),), "tokens of the batch")
         unique, inverse, dedupe = plan.unique, plan.inverse, "batch"
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
     if dedupe == "auto":
         few = weight.shape[0] <= 1.5 * tokens.numel()
         dedupe = "batch" if tokens.device.type == "cpu" else "vocab" if few else "off"
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
     output, h_n = EmbeddingGRULayer.apply(
         tokens, weight, w_ih, w_hh, b_ih, b_hh, h0, starts, unique, inverse,
         dedupe, padding_idx, batch_first, False, save,
@@ -272,47 +294,32 @@ def gru(
     """
     op = "gru"
     checks.floating(op, "input", input)
-    checks.one_of(op, "precision", precision, PRECISIONS)
-    checks.one_of(op, "save", save, ("gates", "hidden"))
-    directions, per_cell = (2 if bidirectional else 1), (4 if bias else 2)
-    if len(flat_weights) != num_layers * directions * per_cell:
-        expected = f"{num_layers * directions * per_cell} tensors"
-        checks.bad_value(op, "flat_weights", expected, len(flat_weights))
-    if input.dim() not in (2, 3) or (cu_seqlens is not None and input.dim() != 2):
-        checks.bad_value(op, "input", "[T, B, C] or [T, C]", list(input.shape))
-    if cu_seqlens is not None and (hx is not None or reset is not None):
-        checks.bad_value(op, "hx and reset", "None with cu_seqlens", "a tensor")
-    single = input.dim() == 2
+    _check_options(op, precision, save)
+    cells = _cells(op, flat_weights, num_layers * (2 if bidirectional else 1), bias)
+    single = _check_dims(op, "input", input.dim() - 1, cu_seqlens, (hx, reset))
     if single:
         input, batch_first = input.unsqueeze(0), True
-        hx = None if hx is None else hx.unsqueeze(1)
-        reset = None if reset is None else reset.unsqueeze(0)
-        segment_ids = None if segment_ids is None else segment_ids.unsqueeze(0)
-    hidden = flat_weights[1].shape[-1]
-    batch = input.shape[0 if batch_first else 1]
-    checks.same_dtype(op, "input", input, "the weights", flat_weights[0])
-    _h0_check(op, hx, (num_layers * directions, batch, hidden), input)
-    starts = _starts(op, input.shape[:2], batch_first, reset, segment_ids)
-    if cu_seqlens is not None:
-        starts = _document_starts(op, cu_seqlens, input.shape[1])
-    backwards = _reverse_starts(starts, batch_first) if bidirectional else None
-    states = []
+        reset, segment_ids = _batched(0, reset, segment_ids)
+        (hx,) = _batched(1, hx)
+    hidden, batch = cells[0][1].shape[-1], input.shape[0 if batch_first else 1]
+    checks.same_dtype(op, "input", input, "the weights", cells[0][0])
+    _check_state(op, "hx", hx, (len(cells), batch, hidden), input)
+    starts = _starts(op, input.shape[:2], batch_first, reset, segment_ids, cu_seqlens)
+    directions = [(False, starts)]
+    if bidirectional:
+        directions.append((True, _reverse_starts(starts, batch_first)))
+    states: list[Tensor] = []
     for number in range(num_layers):
         outputs = []
-        for direction in range(directions):
-            cell = number * directions + direction
-            w_ih, w_hh, *biases = flat_weights[cell * per_cell : (cell + 1) * per_cell]
-            b_ih, b_hh = biases if bias else (None, None)
-            _weight_checks(op, input.shape[2], w_ih, w_hh, b_ih, b_hh)
-            output, h_n = GRULayer.apply(
-                input, w_ih, w_hh, b_ih, b_hh, None if hx is None else hx[cell],
-                backwards if direction else starts, batch_first, bool(direction), save,
-            )  # fmt: skip
-            outputs.append(output)
+        for reverse, begin in directions:
+            cell, state = cells[len(states)], None if hx is None else hx[len(states)]
+            _weight_checks(op, input.shape[2], *cell)
+            output, h_n = GRULayer.apply(input, *cell, state, begin, batch_first, reverse, save)
             if cu_seqlens is not None:
-                h_n = _final_states(output[0], cu_seqlens, bool(direction))
+                h_n = _final_states(output[0], cu_seqlens, reverse)
+            outputs.append(output)
             states.append(h_n)
-        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        input = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if dropout and training and number + 1 < num_layers:
             input = torch.nn.functional.dropout(input, dropout)
     h_n = torch.stack(states)
