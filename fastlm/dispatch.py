@@ -178,7 +178,7 @@ class Report(dict[str, dict[str, str]]):
     """{op: {backend: state}}; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("op", *BACKENDS)]
+        rows: list[tuple[str, ...]] = [("op", *BACKENDS)]
         rows += [(op, *(row[b] for b in BACKENDS)) for op, row in self.items()]
         notes = sorted({c for r in rows[1:] for c in r[1:] if len(c) > 12})
         short = {reason: f"no [{i}]" for i, reason in enumerate(notes, 1)}
