@@ -1,9 +1,10 @@
 """Builds fastlm/_C.so: all C++ and CUDA kernels in one library on torch's stable ABI.
 
 Flags per source, in one ninja file (without ninja the same commands run directly): every
-`*_cpu.cpp` is compiled once per instruction set, every `.cu` for its architectures, only the bindings see torch's headers. The library holds no Python
-symbol and needs no particular torch version from 2.10 on. Environment: FASTLM_CUDA=auto|0|1,
-FASTLM_CUDA_ARCH (for example "80;90"), CUDA_HOME, CXX, MAX_JOBS.
+`*_cpu.cpp` is compiled once per instruction set, every `.cu` for its architectures, only the
+bindings see torch's headers. The library holds no Python symbol and needs no particular torch
+version from 2.10 on. Environment: FASTLM_CUDA=auto|0|1, FASTLM_CUDA_ARCH (for example "80;90"),
+CUDA_HOME, CXX, MAX_JOBS.
 """
 
 import os
