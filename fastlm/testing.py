@@ -53,6 +53,8 @@ def _run(call: Call, args: Sequence[Any], upstream: Sequence[Tensor]) -> list[Te
         for a in args
     ]
     outputs = _outputs(call(*leaves))
+    have, want = [list(o.shape) for o in outputs], [list(g.shape) for g in upstream]
+    assert have == want, f"outputs of shapes {have}, expected {want}"
     inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
     pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
     grads: Iterable[Tensor | None] = ()
