@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ ROUNDS = (5, 40)  # at least, at most
 REPEAT_SECONDS = 2e-3  # a measurement shorter than this is repeated within the round
 
 _rows = pytest.StashKey[dict[str, dict[str, Any]]]()
+_started = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--no-memory", action="store_true", help="leave peak memory out")
+    group.addoption(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="start no case later than this after the first; it is reported, not forgotten",
+    )
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
     group.addoption("--threads", type=int, default=2, help="CPU threads; default 2")
 
@@ -90,7 +99,11 @@ def race(
     option = request.config.option
 
     def run(case: Case) -> None:
-        if (reason := case.missing()) is not None:
+        started = request.config.stash.setdefault(_started, time.monotonic())
+        reason = case.missing()
+        if reason is None and time.monotonic() - started > option.time_limit:
+            reason = "not timed: the time limit was reached"
+        if reason is not None:
             record(case.id, {"note": reason})
             pytest.skip(reason)
         args = case.make(option.device)

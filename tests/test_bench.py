@@ -87,11 +87,11 @@ def test_an_op_that_is_not_there_is_named() -> None:
 
 @needs_peak
 def test_peak_memory_is_what_a_step_holds_beyond_inputs_and_results() -> None:
-    """exp(2 x) needs two more tensors of the size of x at once, a plain sum none."""
+    """exp(2 x) holds one tensor of the size of x beside the gradient, a plain sum none."""
     case, size = CASES[1], 500 * 1000 * 4
     ours, plain = (cases.peak_memory(__file__, case, side) for side in ("ours", "plain"))
-    assert ours is not None and 1.8 * size < ours < 3.2 * size
-    assert plain is not None and plain < 0.2 * size
+    assert ours is not None and 0.7 * size < ours < 2.2 * size
+    assert plain is not None and plain < 0.3 * size
 
 
 def test_held_bytes_counts_a_storage_once() -> None:
