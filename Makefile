@@ -25,6 +25,11 @@ check: fastlm/_C.so
 bench: fastlm/_C.so
 	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)
 
+# one command for a machine that has a GPU, torch with CUDA and pytest, and nothing of ours:
+# its own Python is used unless there is a .venv; another one with  make gpu PY=/path/to/python
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(ARGS)
+
 format: $(VENV)/.dependencies
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
