@@ -26,9 +26,10 @@ bench: fastlm/_C.so
 	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)
 
 # one command for a machine that has a GPU, torch with CUDA and pytest, and nothing of ours:
-# its own Python is used unless there is a .venv; another one with  make gpu PY=/path/to/python
+# its own Python is used unless there is a .venv; another one with  make gpu PY=python3.12
 gpu:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(ARGS)
+	$(if $(filter file,$(origin PY)),$(firstword $(wildcard $(PY)) $(PYTHON)),$(PY)) \
+	  benchmarks/gpu.py $(ARGS)
 
 format: $(VENV)/.dependencies
 	$(PY) -m ruff check --fix .
