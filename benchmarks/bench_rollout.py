@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
+import fastlm.nn
 from fastlm import testing
 from fastlm.bench.case import Arguments, Case
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastlm
+import fastlm.nn
 from fastlm.bench import case as cases
 from fastlm.bench import main, measure, model
 from fastlm.bench.case import Case, Race
@@ -135,7 +136,8 @@ TINY = ["model", "--batch", "2", "--seq", "4", "--vocab", "50", "--hidden", "8",
 
 
 @pytest.mark.skipif(
-    not hasattr(fastlm, "linear_cross_entropy"), reason="needs fastlm.linear_cross_entropy"
+    not hasattr(fastlm, "linear_cross_entropy") or not hasattr(fastlm.nn, "EmbeddingGRU"),
+    reason="not in this build: fastlm.linear_cross_entropy or fastlm.nn.EmbeddingGRU",
 )
 def test_bench_model_agrees_and_reports(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--threads", "1", "--json"]) == 0

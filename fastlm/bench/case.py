@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastlm
+import fastlm.nn
 from fastlm import testing
 
 from . import measure

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
+import fastlm.nn
 
 from . import measure
 from .tokens import zipf_tokens
