@@ -25,6 +25,12 @@ check: fastlm/_C.so
 bench: fastlm/_C.so
 	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)
 
+# one command for a machine that has a GPU, torch with CUDA and pytest, and nothing of ours:
+# its own Python is used unless there is a .venv; another one with  make gpu PY=python3.12
+gpu:
+	$(if $(filter file,$(origin PY)),$(firstword $(wildcard $(PY)) $(PYTHON)),$(PY)) \
+	  benchmarks/gpu.py $(ARGS)
+
 format: $(VENV)/.dependencies
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .

@@ -1,9 +1,10 @@
 """Builds fastlm/_C.so: all C++ and CUDA kernels in one library on torch's stable ABI.
 
-One ninja file with flags per source: every `*_cpu.cpp` is compiled once per instruction set, every
-`.cu` for its architectures, only the bindings see torch's headers. The library holds no Python
-symbol and needs no particular torch version from 2.10 on. Environment: FASTLM_CUDA=auto|0|1,
-FASTLM_CUDA_ARCH (for example "80;90"), CUDA_HOME, CXX, MAX_JOBS.
+Flags per source, in one ninja file (without ninja the same commands run directly): every
+`*_cpu.cpp` is compiled once per instruction set, every `.cu` for its architectures, only the
+bindings see torch's headers. The library holds no Python symbol and needs no particular torch
+version from 2.10 on. Environment: FASTLM_CUDA=auto|0|1, FASTLM_CUDA_ARCH (for example "80;90"),
+CUDA_HOME, CXX, MAX_JOBS.
 """
 
 import os
@@ -12,7 +13,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -85,7 +89,7 @@ class NinjaBuild(build_ext):
         if shutil.which(cxx.split()[0]) is None:
             return self.go_without(note, f"no C++ compiler: {cxx} was not found at install")
         try:
-            run_ninja(require_torch(), cxx, out, strict=self.in_tree)
+            compile_library(require_torch(), cxx, out, strict=self.in_tree)
         except subprocess.CalledProcessError:
             if self.in_tree:  # a developer's build must not hide an error
                 raise
@@ -99,48 +103,72 @@ class NinjaBuild(build_ext):
         """Nothing to copy: an in-tree build writes to the final place."""
 
 
-def run_ninja(torch, cxx, out, strict):
-    import ninja
+class Step(NamedTuple):
+    target: Path
+    sources: list
+    command: str
+    depfile: str = ""  # where the compiler lists the headers it read
 
+
+def compile_library(torch, cxx, out, strict):
     tag = f"{sysconfig.get_platform()}-torch{torch.__version__}"
     folder = ROOT / "build" / f"ninja-{tag}"
     folder.mkdir(parents=True, exist_ok=True)
-    text = ninja_file(torch, cxx, find_nvcc(torch), folder, out, "-Werror" if strict else "")
-    path = folder / f"build-{abs(hash_text(str(out)))}.ninja"
+    steps = plan(torch, cxx, find_nvcc(torch), folder, out, "-Werror" if strict else "")
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+    program = find_ninja()
+    if program is None:
+        return run_directly(steps, jobs)
+    text = ninja_file(steps)
+    path = folder / f"build-{zlib.crc32(str(out).encode())}.ninja"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    program = Path(ninja.BIN_DIR) / "ninja"
-    subprocess.run([str(program), "-C", str(folder), "-f", str(path), "-j", jobs], check=True)
+    subprocess.run([program, "-C", str(folder), "-f", str(path), "-j", str(jobs)], check=True)
 
 
-def hash_text(text):
-    import zlib
+def find_ninja():
+    try:
+        import ninja
+    except ImportError:  # without build isolation nobody installed the build requirements
+        return shutil.which("ninja")
+    return str(Path(ninja.BIN_DIR) / "ninja")
 
-    return zlib.crc32(text.encode())
+
+def run_directly(steps, jobs):
+    """Everything from the start, for an install without ninja."""
+
+    def run(step):
+        subprocess.run(step.command, shell=True, check=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, steps[:-1]))
+    run(steps[-1])
 
 
-def ninja_file(torch, cxx, nvcc, folder, out, warnings):
+def ninja_file(steps):
+    lines = ["ninja_required_version = 1.3", "rule run", "  command = $command"]
+    for step in steps:
+        lines.append(f"build {step.target}: run {' '.join(map(str, step.sources))}")
+        lines.append("  command = " + step.command.replace("$", "$$"))
+        if step.depfile:
+            lines += [f"  depfile = {step.depfile}", "  deps = gcc"]
+    return "\n".join([*lines, ""])
+
+
+def plan(torch, cxx, nvcc, folder, out, warnings):
+    """Every compilation, then the link."""
     torch_home = Path(torch.__file__).parent
-    lines = [
-        "ninja_required_version = 1.3",
-        f"cxx = {cxx}",
-        f"flags = {CXX_FLAGS} {warnings} -I{ROOT}/csrc",
-        "rule cxx",
-        "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx -shared $in -o $out $link",
-    ]
-    objects = []
+    steps = []
 
-    def add(rule, source, extra, suffix=""):
+    def add(compiler, source, extra, suffix="", quiet=False):
         name = "_".join(source.relative_to(ROOT / "csrc").parts)
         target = folder / f"{name}{suffix}.o"
-        objects.append(str(target))
-        lines.extend([f"build {target}: {rule} {source}", f"  extra = {extra}"])
+        command = f"{compiler} -MF {target}.d -I{ROOT}/csrc {extra} -c {source} -o {target}"
+        if quiet:
+            command += f" > {target}.log 2>&1 || (cat {target}.log; exit 1)"
+        steps.append(Step(target, [source], command, f"{target}.d"))
 
+    compiler = f"{cxx} -MMD {CXX_FLAGS} {warnings}"
     link = (
         f"-L{torch_home}/lib -ltorch_cpu -Wl,--no-as-needed -ltorch -Wl,--as-needed "
         "-Wl,--exclude-libs,ALL -Wl,-z,defs"
@@ -149,34 +177,29 @@ def ninja_file(torch, cxx, nvcc, folder, out, warnings):
     if nvcc:
         knows_torch += f" -DUSE_CUDA -DFASTLM_CUDA -isystem {nvcc.parent.parent}/include"
         link += f" {nvcc.parent.parent}/lib64/libcudart_static.a -ldl -lrt -lpthread"
-        add_cuda(lines, add, nvcc)
+        add_cuda(add, nvcc)
     x86 = platform.machine() in ("x86_64", "AMD64")
     for source in sorted((ROOT / "csrc").glob("*/*_cpu.cpp")):
         for isa in ISA_FLAGS if x86 else ("base",):
-            add("cxx", source, f"-DFASTLM_ISA={isa} {ISA_FLAGS[isa]}", f".{isa}")
+            add(compiler, source, f"-DFASTLM_ISA={isa} {ISA_FLAGS[isa]}", f".{isa}")
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
         if not source.stem.endswith("_cpu"):
-            add("cxx", source, knows_torch)
-    lines += [f"build {out}: link {' '.join(objects)}", f"  link = {link}", ""]
-    return "\n".join(lines)
+            add(compiler, source, knows_torch)
+    objects = [step.target for step in steps]
+    command = f"{cxx} -shared {' '.join(map(str, objects))} -o {out} {link}"
+    return [*steps, Step(out, objects, command)]
 
 
-def add_cuda(lines, add, nvcc):
-    lines += [
-        f"nvcc = {nvcc}",
-        "rule nvcc",
-        f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} -I{ROOT}/csrc $extra -c $in -o $out "
-        "> $out.log 2>&1 || (cat $out.log; exit 1)",
-        "  depfile = $out.d",
-        "  deps = gcc",
-    ]
+def add_cuda(add, nvcc):
+    compiler = f"{nvcc} -MD {NVCC_FLAGS}"
     wanted = os.environ.get("FASTLM_CUDA_ARCH", "80;90").replace(",", ";").split(";")
     generic = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in wanted)
     newest = max(wanted, key=int)
     generic += f" -gencode arch=compute_{newest},code=compute_{newest}"
     for source in sorted((ROOT / "csrc").glob("*/*.cu")):
         hopper = source.stem.endswith("_sm90")
-        add("nvcc", source, "-gencode arch=compute_90a,code=sm_90a" if hopper else generic)
+        flags = "-gencode arch=compute_90a,code=sm_90a" if hopper else generic
+        add(compiler, source, flags, quiet=True)
 
 
 require_torch()

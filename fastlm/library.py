@@ -31,9 +31,12 @@ def define(
     name = op if which == "forward" else f"{op}_{which}"
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.fastlm, name).default
-    names = tuple(argument.name for argument in overload._schema.arguments)
+    arguments = overload._schema.arguments
+    names = tuple(argument.name for argument in arguments)
 
     def kernel(*args: Any) -> Any:
+        # the dispatcher leaves out trailing arguments that have their default value
+        args += tuple(argument.default_value for argument in arguments[len(args) :])
         named = dict(zip(names, args, strict=True))
         if check is not None:
             check(named)

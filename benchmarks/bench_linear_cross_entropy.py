@@ -1,0 +1,53 @@
+"""Output projection and cross-entropy, without the logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastlm
+from fastlm.bench.case import Arguments, Case
+
+
+def make(rows: int, features: int, classes: int) -> Callable[[str], Arguments]:
+    def build(device: str) -> Arguments:
+        hidden = torch.randn(rows, features, device=device)
+        weight = torch.randn(classes, features, device=device) * features**-0.5
+        bias = torch.randn(classes, device=device) * features**-0.5
+        return hidden, weight, bias, torch.randint(classes, (rows,), device=device)
+
+    return build
+
+
+def plain(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(functional.linear(hidden, weight, bias), target)
+
+
+def ours(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    return fastlm.linear_cross_entropy(hidden, weight, target, linear_bias=bias)
+
+
+CASES = [
+    Case(
+        op="linear_cross_entropy",
+        name=f"N{rows}-H{features}-V{classes}",
+        make=make(rows, features, classes),
+        ours=ours,
+        plain=plain,
+        flops=6.0 * rows * features * classes,  # logits, dhidden, dweight
+        reach=reach,
+    )
+    for rows, features, classes, reach in (
+        (2048, 512, 10000, ">= 1.0, memory <= 5%"),
+        (2048, 256, 10000, ""),
+    )
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_linear_cross_entropy(case: Case, race: Callable[[Case], None]) -> None:
+    race(case)

@@ -1,0 +1,189 @@
+"""The compiled library: loads, or says why not and gets out of the way."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlm import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+built = pytest.mark.skipif(
+    extension.unavailable is not None, reason=f"no compiled library: {extension.unavailable}"
+)
+
+
+def run(
+    command: list[str], cwd: Path, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTLM_BACKEND")}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder that holds the package without its compiled library."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "assets", "_build_failure.txt")
+    shutil.copytree(ROOT / "fastlm", tmp_path / "fastlm", ignore=ignore)
+    return tmp_path
+
+
+SMOKE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastlm.extension
+ours = [w for w in caught if "fastlm" in str(w.message)]
+assert len(ours) == 1 and ours[0].category is RuntimeWarning, ours
+print(ours[0].message)
+
+import torch
+from fastlm import dispatch, extension
+assert extension.cpu_isa() == "none" and extension.build_info() == extension.unavailable
+for op in fastlm.backends():
+    states = fastlm.backends()[op]
+    assert "ready" in (states["reference"], states["torch"]), op
+    assert states["cpu"] in ("-", extension.unavailable), states
+logits = torch.randn(5, 7, requires_grad=True)
+target = torch.tensor([0, 1, 2, 3, 6])
+if hasattr(fastlm, "cross_entropy"):
+    loss = fastlm.cross_entropy(logits, target)
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits, target))
+    loss.backward()
+if hasattr(fastlm, "sample"):
+    tokens, logprobs = fastlm.sample(logits.detach())
+    assert tokens.shape == logprobs.shape == (5,)
+if hasattr(fastlm, "embedding_gru"):
+    weight, w_ih, w_hh = torch.randn(7, 4), torch.randn(12, 4), torch.randn(12, 4)
+    output, h_n = fastlm.embedding_gru(target[None], weight, w_ih, w_hh)
+    assert output.shape == (1, 5, 4) and output.isfinite().all()
+"""
+
+
+def test_without_the_library_one_warning_and_everything_works(package: Path) -> None:
+    (package / "fastlm" / "_build_failure.txt").write_text("no C++ compiler: g++ was not found\n")
+    result = run([sys.executable, "-c", SMOKE], package)
+    assert result.returncode == 0, result.stderr
+    warning = result.stdout.strip()
+    assert "_C.so was not built (no C++ compiler: g++ was not found)" in warning
+    assert "plain PyTorch runs instead" in warning and "pip install" in warning
+
+
+def test_a_library_that_does_not_load_is_a_warning_with_the_reason(package: Path) -> None:
+    (package / "fastlm" / "_C.so").write_bytes(b"not a library")
+    result = run([sys.executable, "-c", SMOKE], package)
+    assert result.returncode == 0, result.stderr
+    assert "fastlm/_C.so does not load: " in result.stdout
+
+
+@built
+def test_the_loaded_library_tells_what_it_is() -> None:
+    assert extension.cpu_isa() in ("base", "avx2", "avx512")
+    assert "torch stable ABI" in extension.build_info()
+
+
+FORCED = """
+import os
+from fastlm import extension
+os.environ["FASTLM_CPU_ISA"] = "sse9"
+try:
+    extension.cpu_isa()
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+os.environ["FASTLM_CPU_ISA"] = "base"
+print(extension.cpu_isa())
+"""
+
+
+@built
+def test_a_forced_instruction_set_is_used_and_an_unknown_one_is_an_error() -> None:
+    result = run([sys.executable, "-c", FORCED], ROOT)
+    assert result.stdout.splitlines() == [
+        "FASTLM_CPU_ISA must be base, avx2 or avx512, got sse9",
+        "base",
+    ]
+
+
+@built
+def test_code_of_one_instruction_set_stays_out_of_the_others() -> None:
+    """A weak symbol compiled with AVX could be the copy that the linker keeps for everybody."""
+    objects = sorted((ROOT / "build").glob("ninja-*/*_cpu.cpp.avx*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no object files of a build in this folder, or no nm")
+    listed = subprocess.run(
+        ["nm", "--defined-only", *map(str, objects)], check=True, capture_output=True, text=True
+    ).stdout
+    assert not re.findall(r"^\w+ [WVu] .*$", listed, re.MULTILINE)
+
+
+@pytest.fixture
+def source(package: Path) -> Path:
+    """What a source distribution holds."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, package / name)
+    shutil.copytree(ROOT / "csrc", package / "csrc")
+    return package
+
+
+def test_install_without_a_compiler_keeps_the_reason(source: Path) -> None:
+    build = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", "out"]
+    result = run(build, source, CXX="missing-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "installing without compiled kernels" in result.stderr
+    note = (source / "out" / "fastlm" / "_build_failure.txt").read_text()
+    assert note == "no C++ compiler: missing-compiler was not found at install\n"
+    assert not (source / "out" / "fastlm" / "_C.so").exists()
+
+
+def test_install_with_a_compiler_that_fails_keeps_the_reason(source: Path) -> None:
+    build = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", "out"]
+    result = run(build, source, CXX="false")
+    assert result.returncode == 0, result.stderr
+    note = (source / "out" / "fastlm" / "_build_failure.txt").read_text()
+    assert note == "the C++ build failed at install with false\n"
+
+
+def test_a_developer_sees_the_failed_build(source: Path) -> None:
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    assert run(build, source, CXX="false").returncode != 0
+
+
+def test_without_torch_the_build_stops_with_the_remedy(source: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build']\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
+    )
+    result = run([sys.executable, "-c", code], source, timeout=30)
+    assert result.returncode == 1
+    assert "Install torch first, then:  pip install --no-build-isolation ." in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@built
+def test_builds_without_ninja(source: Path) -> None:
+    """Only the smallest of the sources: what is tested is that the commands run."""
+    for folder in (source / "csrc").iterdir():
+        if folder.name != "common":
+            shutil.rmtree(folder)
+    code = (
+        "import shutil, sys; sys.modules['ninja'] = None\n"
+        "which = shutil.which; shutil.which = lambda c: None if c == 'ninja' else which(c)\n"
+        "sys.argv = ['setup.py', '--quiet', 'build_ext', '--inplace']\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
+    )
+    result = run([sys.executable, "-c", code], source)
+    assert result.returncode == 0, result.stderr
+    assert (source / "fastlm" / "_C.so").stat().st_size > 0

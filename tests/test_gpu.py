@@ -1,0 +1,188 @@
+"""Every public op on a CUDA device against float64; on the CPU too, which keeps the list right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastlm
+from fastlm import dispatch, testing
+
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def weights(features: int, hidden: int) -> list[Tensor]:
+    shapes = ((3 * hidden, features), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))
+    return [torch.empty(*shape).uniform_(-(hidden**-0.5), hidden**-0.5) for shape in shapes]
+
+
+def torch_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Written out, because nn.GRU has no bfloat16 on every device."""
+    w_ih, w_hh, b_ih, b_hh = flat
+    h, outputs = x.new_zeros(x.shape[0], w_hh.shape[1]), []
+    for t in range(x.shape[1]):
+        gi, gh = functional.linear(x[:, t], w_ih, b_ih), functional.linear(h, w_hh, b_hh)
+        (ir, iz, i_n), (hr, hz, hn) = gi.chunk(3, 1), gh.chunk(3, 1)
+        z = (iz + hz).sigmoid()
+        n = (i_n + (ir + hr).sigmoid() * hn).tanh()
+        h = n + z * (h - n)
+        outputs.append(h)
+    return torch.stack(outputs, 1), h[None]
+
+
+def logprobs(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    scores = logits.log_softmax(-1)
+    return -(scores.exp() * scores).sum(-1)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    probs = scores.masked_fill(future, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", probs, v)
+
+
+def reinforce(scores: Tensor, advantages: Tensor) -> Tensor:
+    return -(advantages.detach()[:, None] * scores).mean()
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function: ours and plain on the same arguments."""
+
+    make: Callable[[], Sequence[Any]]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    registered: tuple[str, ...] = ()  # torch ops beneath, for their backends
+
+
+TARGET = torch.tensor([0, 32, 5, 7, 11])
+
+# odd sizes: every kernel has a masked tail
+OPS = {
+    "cross_entropy": Op(
+        lambda: [randn(5, 33), TARGET],
+        lambda logits, target: fastlm.cross_entropy(logits, target),
+        lambda logits, target: functional.cross_entropy(logits, target),
+    ),
+    "linear_cross_entropy": Op(
+        lambda: [randn(5, 7), randn(33, 7), TARGET],
+        lambda x, weight, target: fastlm.linear_cross_entropy(x, weight, target),
+        lambda x, weight, target: functional.cross_entropy(functional.linear(x, weight), target),
+    ),
+    "token_logprobs": Op(
+        lambda: [randn(5, 33), TARGET],
+        lambda logits, target: fastlm.token_logprobs(logits, target),
+        logprobs,
+    ),
+    "linear_token_logprobs": Op(
+        lambda: [randn(5, 7), randn(33, 7), TARGET],
+        lambda x, weight, target: fastlm.linear_token_logprobs(x, weight, target),
+        lambda x, weight, target: logprobs(functional.linear(x, weight), target),
+    ),
+    "entropy": Op(lambda: [randn(5, 33)], lambda logits: fastlm.entropy(logits), entropy),
+    "attention": Op(
+        lambda: [randn(2, 9, 3, 16) for _ in range(3)],
+        lambda q, k, v: fastlm.attention(q, k, v, mask="causal"),
+        causal,
+    ),
+    "gru": Op(
+        lambda: [randn(3, 5, 7), *weights(7, 9)],
+        lambda x, *flat: fastlm.gru(x, None, flat, batch_first=True),
+        torch_gru,
+    ),
+    "embedding_gru": Op(
+        lambda: [TARGET.expand(3, 5), randn(33, 7), *weights(7, 9)],
+        lambda tokens, weight, *flat: fastlm.embedding_gru(tokens, weight, *flat),
+        lambda tokens, weight, *flat: torch_gru(functional.embedding(tokens, weight), *flat),
+    ),
+    "policy_loss": Op(
+        lambda: [randn(3, 5), randn(3)],
+        lambda scores, advantages: fastlm.policy_loss(scores, advantages.detach()),
+        reinforce,
+    ),
+}
+
+
+def arguments(op: Op, dtype: torch.dtype, device: str) -> list[Any]:
+    return [
+        a.to(device, dtype if a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
+        for a in op.make()
+    ]
+
+
+def present(name: str) -> None:
+    if not hasattr(fastlm, name):
+        pytest.skip(f"not in this build: fastlm.{name}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPS)
+def test_op_is_as_accurate_as_plain_pytorch(name: str, dtype: torch.dtype, device: str) -> None:
+    present(name)
+    op = OPS[name]
+    testing.check(op.ours, op.plain, arguments(op, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sample_depends_on_seed_row_and_step_alone(device: str) -> None:
+    present("sample")
+    logits = randn(4, 33).to(device)
+    tokens, chosen = fastlm.sample(logits, temperature=0.8, seed=1, step=2)
+    again, _ = fastlm.sample(
+        logits[2:3], temperature=0.8, seed=1, step=2, rows=2 + TARGET[:1].to(device)
+    )
+    assert torch.equal(tokens[2:3], again)
+    assert bool(((tokens >= 0) & (tokens < 33)).all())
+    want = logprobs(logits.double() / 0.8, tokens)
+    assert testing.error(chosen.double(), want) < 1e-4
+    greedy, _ = fastlm.sample(logits, temperature=0.0)
+    assert torch.equal(greedy, logits.argmax(-1))
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("name", OPS)
+def test_forced_gpu_backends_agree_too(name: str) -> None:
+    """Kernels that are not yet the default run here, so that a GPU run can prove them."""
+    present(name)
+    op = OPS[name]
+    torch.manual_seed(1)
+    args = arguments(op, torch.float32, "cuda")
+    ran = 0
+    for backend in ("cuda", "triton"):
+        try:
+            with fastlm.use_backend(backend):
+                testing.check(op.ours, op.plain, args)
+            ran += 1
+        except RuntimeError as error:
+            if "no backend takes this" not in str(error):
+                raise
+    if not ran:
+        pytest.skip(f"no CUDA or Triton kernel takes this call of {name}")
+
+
+def test_every_op_with_a_torch_op_is_listed_here() -> None:
+    """A new op must come with a line above."""
+    hidden = {"sample", "sampling"}
+    covered = {*OPS, *hidden}
+    for name in dispatch._OPS:
+        beneath = name.startswith("library_test") or name.endswith("row_statistics")
+        assert beneath or name in covered, f"{name} is not in OPS of tests/test_gpu.py"
