@@ -1,6 +1,8 @@
 """fastlm: fused kernels for training language models in PyTorch."""
 
 from .dispatch import backends, explain, use_backend
+from .ops.attention.mask import AttnMask
+from .ops.attention.op import attention
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
 from .ops.sampling.op import sample
@@ -8,6 +10,8 @@ from .ops.sampling.op import sample
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttnMask",
+    "attention",
     "backends",
     "explain",
     "gae",
