@@ -1,0 +1,167 @@
+"""Advantages from rewards. Plain PyTorch, no gradient, no host synchronisation on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import checks
+
+
+def _check_rewards(op: str, rewards: Tensor) -> None:
+    checks.floating(op, "rewards", rewards)
+    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = rewards.isnan()
+    if bool(bad.any()):
+        position = bad.nonzero()[0].tolist()
+        checks.bad_value(op, "rewards", "free of NaN", f"NaN at {position}")
+
+
+def _groups(op: str, rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Tensor:
+    """[N] int64: the group of each reward, a number below N."""
+    checks.shape(op, "rewards", rewards, (None,), "[N]")
+    if (group_size is None) == (group_ids is None):
+        got = "neither" if group_size is None else "both"
+        checks.bad_value(op, "one of group_size and group_ids", "given", got)
+    count = rewards.shape[0]
+    if group_size is not None:
+        if group_size < 1 or count % group_size:
+            checks.bad_value(op, "group_size", f"a divisor of the {count} rewards", group_size)
+        return torch.arange(count, device=rewards.device) // group_size
+    assert group_ids is not None
+    checks.integer(op, "group_ids", group_ids)
+    checks.shape(op, "group_ids", group_ids, rewards.shape, "as rewards")
+    checks.same_device(op, "group_ids", group_ids, "rewards", rewards)
+    ordered, order = group_ids.sort(stable=True)
+    starts = torch.ones_like(order)
+    starts[1:] = (ordered[1:] != ordered[:-1]).to(starts.dtype)
+    return torch.empty_like(order).scatter_(0, order, starts.cumsum(0) - 1)
+
+
+def _sums(values: Tensor, groups: Tensor) -> Tensor:
+    """[N]: the sum over its group, at each member."""
+    return torch.zeros_like(values).index_add_(0, groups, values)[groups]
+
+
+@torch.no_grad()
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Each reward minus the mean of its group, over the group's standard deviation (GRPO).
+
+    Args:
+        rewards: [N], one per sampled sequence.
+        group_size: consecutive rewards of one prompt; or
+        group_ids: [N], any integers, equal within a group.
+        normalize: False leaves the division out (Dr. GRPO).
+
+    Returns:
+        [N], dtype of `rewards`. The deviation is that of the sample (n - 1) plus 1e-6. A group of
+        equal rewards, or of one, has advantage exactly 0.
+
+    Raises:
+        ValueError: a NaN reward (on the CPU, named), or groups that do not fit. TypeError: dtypes.
+
+    Source: Shao et al. 2024 (arXiv:2402.03300), section 4.1.2; Liu et al. 2025 (arXiv:2503.20783).
+    """
+    _check_rewards("group_advantages", rewards)
+    groups = _groups("group_advantages", rewards, group_size, group_ids)
+    exact = rewards.double()
+    count = _sums(torch.ones_like(exact), groups)
+    centered = exact - _sums(exact, groups) / count
+    extremes = [
+        torch.zeros_like(exact).scatter_reduce_(0, groups, exact, how, include_self=False)[groups]
+        for how in ("amin", "amax")
+    ]
+    centered = torch.where(extremes[0] == extremes[1], 0.0, centered)
+    if normalize:
+        variance = _sums(centered.square(), groups) / (count - 1).clamp(min=1)
+        centered = centered / (variance.sqrt() + 1e-6)
+    return centered.to(rewards.dtype)
+
+
+@torch.no_grad()
+def leave_one_out_advantages(
+    rewards: Tensor, *, group_size: int | None = None, group_ids: Tensor | None = None
+) -> Tensor:
+    """Each reward minus the mean of the others in its group (RLOO).
+
+    Args:
+        rewards: [N], one per sampled sequence.
+        group_size: consecutive rewards of one prompt; or
+        group_ids: [N], any integers, equal within a group.
+
+    Returns:
+        [N], dtype of `rewards`. A group of one has no other: its baseline is 0.
+
+    Raises:
+        ValueError: a NaN reward (on the CPU, named), or groups that do not fit. TypeError: dtypes.
+
+    Source: Ahmadian et al. 2024 (arXiv:2402.14740).
+    """
+    _check_rewards("leave_one_out_advantages", rewards)
+    groups = _groups("leave_one_out_advantages", rewards, group_size, group_ids)
+    exact = rewards.double()
+    others = _sums(torch.ones_like(exact), groups) - 1
+    baseline = (_sums(exact, groups) - exact) / others.clamp(min=1)
+    return (exact - torch.where(others > 0, baseline, 0.0)).to(rewards.dtype)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    last_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns that a value function is trained on.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};  returns = A + V.
+    Masked steps are passed over: t + 1 is the next step that is not masked.
+
+    Args:
+        rewards, values: [B, T].
+        mask: [B, T]; 0 or False takes the step out, whatever stands there.
+        last_value: [B], value after the last step; 0 by default (the episode ended).
+
+    Returns:
+        (advantages, returns): [B, T], dtype of `rewards`; 0 where masked. Not normalised.
+
+    Raises:
+        ValueError: a shape differs from the above. TypeError: a dtype does.
+
+    Source: Schulman et al. 2016 (arXiv:1506.02438).
+    """
+    checks.floating("gae", "rewards", rewards)
+    checks.floating("gae", "values", values)
+    checks.shape("gae", "rewards", rewards, (None, None), "[B, T]")
+    checks.shape("gae", "values", values, rewards.shape, "as rewards")
+    keep = torch.ones_like(rewards, dtype=torch.bool)
+    if mask is not None:
+        checks.tensor("gae", "mask", mask)
+        checks.shape("gae", "mask", mask, rewards.shape, "as rewards")
+        keep = mask != 0
+    following = rewards.new_zeros(rewards.shape[0])
+    if last_value is not None:
+        checks.floating("gae", "last_value", last_value)
+        checks.shape("gae", "last_value", last_value, rewards.shape[:1])
+        following = last_value.to(rewards.dtype)
+    values = torch.where(keep, values.to(rewards.dtype), 0.0)
+    carried = torch.zeros_like(following)
+    columns = []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = keep[:, t]
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        carried = torch.where(here, delta + gamma * lam * carried, carried)
+        following = torch.where(here, values[:, t], following)
+        columns.append(torch.where(here, carried, 0.0))
+    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
+    return advantages, advantages + values
