@@ -1,3 +1,7 @@
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/binding.h"
 #include "row_statistics/row_statistics.h"
 
@@ -11,6 +15,21 @@ constexpr int64_t kElementsPerTask = 1 << 15;
 
 int64_t grain(int64_t classes) {
   return classes > 0 && classes < kElementsPerTask ? kElementsPerTask / classes : 1;
+}
+
+// A fresh dlogits is the largest tensor of a training step, and the first touch of its pages costs
+// more than the arithmetic. Above this size malloc gives every block a mapping of its own, so the
+// advice touches nothing else.
+constexpr int64_t kOwnMappingBytes = int64_t(32) << 20;
+constexpr int64_t kHugePageBytes = int64_t(2) << 20;
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kOwnMappingBytes) return;
+  int64_t begin = (int64_t(data) + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  int64_t end = (int64_t(data) + bytes) / kHugePageBytes * kHugePageBytes;
+  madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);  // only a hint
+#endif
 }
 
 const float* floats(const OptionalTensor& t) { return static_cast<const float*>(in(t)); }
@@ -80,6 +99,10 @@ void backward(const Tensor& logits, const OptionalTensor& target, const Optional
   args.dlogits = out(dlogits);
   auto rows = FASTLM_PICK(row_statistics_backward);
   bool bfloat16 = is_bfloat16(logits);
+  if (args.dlogits != args.logits)
+    advise_huge_pages(args.dlogits, logits.size(0) * args.classes * (bfloat16 ? 2 : 4));
+  if (args.dlogits != args.logits)
+    advise_huge_pages(args.dlogits, logits.size(0) * args.classes * (bfloat16 ? 2 : 4));
   parallel_rows(logits.size(0), grain(args.classes),
                 [&](int64_t begin, int64_t end) { rows(args, bfloat16, begin, end); });
 }
