@@ -42,7 +42,7 @@ def result_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _empty_statistics(
+def empty_statistics(
     rows: Any,
     like: Tensor,
     target: bool,
@@ -78,7 +78,7 @@ def _forward_fake(
     softcap: float,
     *wanted: Any,
 ) -> tuple[Tensor, ...]:
-    return _empty_statistics(logits.shape[0], logits, target is not None, *wanted[:4])
+    return empty_statistics(logits.shape[0], logits, target is not None, *wanted[:4])
 
 
 def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
@@ -131,7 +131,7 @@ def cpu_forward(
 ) -> tuple[Tensor, ...]:
     rows = logits.shape[0]
     wanted = (target is not None, entropy, sum_sq, weighted_sum, argmax)
-    out = _empty_statistics(rows, logits, *wanted)
+    out = empty_statistics(rows, logits, *wanted)
     logprob, lse, entropies, squares, weighted, best, row_max, log_sum, mass = out
     # a broadcast view is read as it is: a copy could be larger than memory
     if logits.stride(1) != 1 and 0 not in logits.stride():
@@ -272,9 +272,7 @@ class _RowStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         out = _forward(logits, target, class_weight, ignore_index, scale, softcap, *wanted)
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
-        ctx.save_for_backward(
-            logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass
-        )
+        ctx.save_for_backward(logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass)
         ctx.options = (ignore_index, scale, softcap)
         ctx.mark_non_differentiable(argmax, mass)
         ctx.set_materialize_grads(False)
