@@ -17,8 +17,8 @@ class LinearCrossEntropyOptions:
     """Options of `linear_cross_entropy` and `linear_token_logprobs`.
 
     Attributes:
-        max_memory_bytes: size of the largest chunk of logits. None: 1/16 of all logits, at least
-            10 MiB (256 MiB on a GPU). Never less than one row.
+        max_memory_bytes: size of the largest chunk of logits, never less than one row. None: on a
+            CPU 1/8 of the rows, at least 64 rows or 10 MiB, at most 512 rows; on a GPU 256 MiB.
         acc_dtype: dtype of logits and of all sums, float32 (float64 for float64 inputs).
         deterministic: every path is; None, True and False are the same.
         batch_invariant, filter_eps, grad_accum_into: only the defaults; anything else raises.

@@ -110,18 +110,18 @@ def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
 def _compiled_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
-    target, class_weight, *options = compared
+    target, class_weight, ignore_index, scale, softcap = compared
     rows = (logits, target, class_weight, row_max, log_sum)
-    rows_op.cpu_backward_into(logits, *rows, factors, *options)
+    rows_op.cpu_backward_into(logits, *rows, factors, ignore_index, scale, softcap)
     return logits
 
 
 def _plain_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
-    target, class_weight, *options = compared
+    target, class_weight, ignore_index, scale, softcap = compared
     rows = (logits, target, class_weight, row_max, log_sum)
-    return rows_reference.backward(*rows, *factors, *options)
+    return rows_reference.backward(*rows, *factors, ignore_index, scale, softcap)
 
 
 def _cpu_refuses(input: Tensor, **_: Any) -> str | None:

@@ -10,7 +10,8 @@
 `cross_entropy`, `token_logprobs` and `entropy` are short functions of these. The gradient of any of
 them with respect to z has the form
 
-    p * (on_p + on_p_log_p * log p + on_p_squared * p) + on_weight * class_weight + on_target * [target]
+    p * (on_p + on_p_log_p * log p + on_p_squared * p)
+      + on_weight * class_weight + on_target * [class is target]
 
 with five numbers per row, so one backward kernel serves all: one read of the logits, one write of
 dlogits. Saved: the logits, max and log sum exp(z - max) of each row (two numbers, because lse alone
