@@ -25,7 +25,7 @@ def finite(op: str, what: str, value: Any) -> float:
     """A number known before the call runs; a tensor here would lose its gradient."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         checks.bad_type(op, what, "a number", type(value).__name__)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile does not know math.isfinite
         checks.bad_value(op, what, "finite", value)
     return float(value)
 

@@ -81,8 +81,8 @@ class _KnownRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        # args: layer 3, compared 5, wanted 4, max_bytes, caller, per_row 3, needs 3
-        out = _with_gradients(*args)
+        # args: layer 3, compared 5, wanted 4, max_bytes, caller, per_row 3, needs 3, uses_lse
+        out = _with_gradients(*args[:20])
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out[:9]
         on_logprob, on_weighted_sum, on_lse_square = per_row = args[14:17]
         total = lse.new_zeros(())
@@ -99,6 +99,7 @@ class _KnownRows(torch.autograd.Function):
         saved = gradients if torch.compiler.is_compiling() else (None, None, None)
         statistics = (row_max, log_sum, entropy, sum_sq, mass)
         ctx.save_for_backward(*args[:5], lse, *per_row, *saved, *statistics)
+        ctx.differentiable = (args[20], args[8])
         ctx.mark_non_differentiable(argmax)
         ctx.set_materialize_grads(False)
         return total, lse, entropy, argmax
@@ -106,8 +107,11 @@ class _KnownRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        dloss, dlse, dentropy, _ = douts
-        nothing = (None,) * 17
+        # under torch.compile a result without a use comes with zeros
+        dlse, dentropy = (
+            d if use else None for d, use in zip(douts[1:3], ctx.differentiable, strict=True)
+        )
+        dloss, nothing = douts[0], (None,) * 18
         layer, (target, class_weight) = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
         compared = Compared(target, class_weight, *ctx.options)
         lse, *per_row = ctx.saved_tensors[5:9]
@@ -162,8 +166,9 @@ def _known_rows(
     enabled = torch.is_grad_enabled()
     needs = Needs(*(enabled and x is not None and x.requires_grad for x in layer))
     compared = (rows.target, rows.class_weight, loss.ignore_index, loss.scale, loss.softcap)
+    uses_lse = "lse" in loss.aux or "z_loss" in loss.aux
     total, lse, entropy, argmax = _KnownRows.apply(
-        *layer, *compared, *wanted, max_bytes, loss.op, *factors, *needs
+        *layer, *compared, *wanted, max_bytes, loss.op, *factors, *needs, uses_lse
     )
     if count == 0 and loss.reduction == "mean":
         total = total + torch.nan

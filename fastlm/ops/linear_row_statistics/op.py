@@ -28,7 +28,14 @@ from torch.autograd.function import once_differentiable
 from ... import checks, dispatch, extension, library
 from ..row_statistics import op as rows_op
 from ..row_statistics import reference as rows_reference
-from ..row_statistics.op import Statistics, Upstream, Wanted, coefficients, result_dtype
+from ..row_statistics.op import (
+    Statistics,
+    Upstream,
+    Wanted,
+    coefficients,
+    result_dtype,
+    upstream_of,
+)
 from . import chunks
 from .chunks import Compared, Layer, Needs, RowKernels
 
@@ -120,8 +127,8 @@ def _plain_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
     target, class_weight, ignore_index, scale, softcap = compared
-    rows = (logits, target, class_weight, row_max, log_sum)
-    return rows_reference.backward(*rows, *factors, ignore_index, scale, softcap)
+    rows: tuple[Any, ...] = (logits, target, class_weight, row_max, log_sum, *factors)
+    return rows_reference.backward(*rows, ignore_index, scale, softcap)
 
 
 def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
@@ -182,7 +189,7 @@ class _LinearRowStatistics(torch.autograd.Function):
         out = _forward(*args)
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
         ctx.save_for_backward(*args[:5], row_max, log_sum, entropy, sum_sq, mass)
-        ctx.options, ctx.max_bytes = args[5:8], args[12]
+        ctx.options, ctx.wanted, ctx.max_bytes = args[5:8], Wanted(*args[8:12]), args[12]
         ctx.mark_non_differentiable(argmax, mass)
         ctx.set_materialize_grads(False)
         return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
@@ -190,10 +197,10 @@ class _LinearRowStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = Upstream(*douts[:5])
+        layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
+        upstream = upstream_of(douts[:5], compared[0] is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 14
-        layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
         needs = Needs(*ctx.needs_input_grad[:3])
         found = gradients(
             layer,

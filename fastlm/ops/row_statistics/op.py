@@ -29,6 +29,7 @@ Source: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), by blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -259,6 +260,21 @@ def coefficients(
     return total, on_p_log_p, on_p_squared, on_weight, on_target
 
 
+class Wanted(NamedTuple):
+    """The statistics that cost something."""
+
+    entropy: bool = False
+    sum_sq: bool = False
+    weighted_sum: bool = False
+    argmax: bool = False
+
+
+def upstream_of(douts: Sequence[Tensor | None], has_target: bool, wanted: Wanted) -> Upstream:
+    """Under torch.compile an output without a use comes with zeros, also if it has no elements."""
+    used = (has_target, True, wanted.entropy, wanted.sum_sq, wanted.weighted_sum)
+    return Upstream(*(d if use else None for d, use in zip(douts, used, strict=False)))
+
+
 class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -274,7 +290,7 @@ class _RowStatistics(torch.autograd.Function):
         out = _forward(logits, target, class_weight, ignore_index, scale, softcap, *wanted)
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
         ctx.save_for_backward(logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass)
-        ctx.options = (ignore_index, scale, softcap)
+        ctx.options, ctx.wanted = (ignore_index, scale, softcap), Wanted(*wanted[:4])
         ctx.mark_non_differentiable(argmax, mass)
         ctx.set_materialize_grads(False)
         return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
@@ -283,7 +299,7 @@ class _RowStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
-        upstream = Upstream(*douts[:5])
+        upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 10
         dlogits = dweight = None
@@ -310,15 +326,6 @@ class Statistics(NamedTuple):
     weighted_sum: Tensor
     argmax: Tensor
     weight_mass: Tensor
-
-
-class Wanted(NamedTuple):
-    """The statistics that cost something."""
-
-    entropy: bool = False
-    sum_sq: bool = False
-    weighted_sum: bool = False
-    argmax: bool = False
 
 
 def row_statistics(
