@@ -4,28 +4,44 @@ from . import nn
 from .dispatch import backends, explain, use_backend
 from .ops.attention.mask import AttnMask
 from .ops.attention.op import attention
+from .ops.cross_entropy.op import cross_entropy
 from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
+from .ops.linear_cross_entropy.op import linear_cross_entropy
+from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
 from .ops.sampling.op import sample
+from .ops.token_logprobs.op import (
+    TokenLogprobs,
+    entropy,
+    linear_token_logprobs,
+    token_logprobs,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttnMask",
+    "LinearCrossEntropyOptions",
+    "TokenLogprobs",
     "TokenPlan",
     "attention",
     "backends",
+    "cross_entropy",
     "embedding_gru",
+    "entropy",
     "explain",
     "gae",
     "group_advantages",
     "gru",
     "kl_estimate",
     "leave_one_out_advantages",
+    "linear_cross_entropy",
+    "linear_token_logprobs",
     "nn",
     "policy_loss",
     "sample",
+    "token_logprobs",
     "token_plan",
     "use_backend",
 ]

@@ -1,0 +1,233 @@
+"""From row statistics to a loss: what `cross_entropy` and `linear_cross_entropy` share.
+
+loss of a row = token_weight * ( on_logprob * log p[target] + on_weighted_sum * sum w log p
+                                 + on_lse_square * lse^2 )
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ..row_statistics.op import Statistics, Wanted
+
+REDUCTIONS = ("none", "mean", "sum")
+AUX = ("lse", "z_loss", "entropy", "argmax", "accuracy")
+
+
+def finite(op: str, what: str, value: Any) -> float:
+    """A number known before the call runs; a tensor here would lose its gradient."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        checks.bad_type(op, what, "a number", type(value).__name__)
+    if not -math.inf < value < math.inf:  # torch.compile does not know math.isfinite
+        checks.bad_value(op, what, "finite", value)
+    return float(value)
+
+
+def scores(
+    op: str, temperature: float, logit_scale: float, logit_softcapping: float | None
+) -> tuple[float, float]:
+    """(scale, softcap) of the row statistics."""
+    temperature = finite(op, "temperature", temperature)
+    if temperature <= 0:
+        checks.bad_value(op, "temperature", "positive", temperature)
+    softcap = 0.0
+    if logit_softcapping is not None:
+        softcap = finite(op, "logit_softcapping", logit_softcapping)
+        if softcap <= 0:
+            checks.bad_value(op, "logit_softcapping", "positive or None", softcap)
+    return finite(op, "logit_scale", logit_scale) / temperature, softcap
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Checked options of one loss."""
+
+    op: str
+    reduction: str
+    label_smoothing: float
+    z_loss_weight: float
+    scale: float
+    softcap: float
+    ignore_index: int
+    aux: tuple[str, ...]
+
+    def wanted(self, soft: bool) -> Wanted:
+        return Wanted(
+            entropy="entropy" in self.aux,
+            weighted_sum=soft or self.label_smoothing > 0,
+            argmax="argmax" in self.aux or "accuracy" in self.aux,
+        )
+
+
+def checked(
+    op: str,
+    *,
+    reduction: str,
+    label_smoothing: float,
+    z_loss_weight: float,
+    temperature: float,
+    logit_scale: float,
+    logit_softcapping: float | None,
+    ignore_index: int,
+    return_aux: Sequence[str],
+) -> Loss:
+    checks.one_of(op, "reduction", reduction, REDUCTIONS)
+    smoothing = finite(op, "label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
+        checks.bad_value(op, "label_smoothing", "in [0, 1]", smoothing)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        checks.bad_type(op, "ignore_index", "an integer", type(ignore_index).__name__)
+    if isinstance(return_aux, str):
+        checks.bad_type(op, "return_aux", "a sequence of names", "a string", "write a tuple")
+    for name in return_aux:
+        checks.one_of(op, "return_aux", name, AUX)
+    scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
+    weight = finite(op, "z_loss_weight", z_loss_weight)
+    return Loss(op, reduction, smoothing, weight, scale, softcap, ignore_index, tuple(return_aux))
+
+
+def is_soft(op: str, target: Tensor, logits_shape: Sequence[int]) -> bool:
+    """Class probabilities rather than indices: as in torch, the shape alone decides."""
+    checks.tensor(op, "target", target)
+    if tuple(target.shape) != tuple(logits_shape):
+        checks.integer(op, "target", target)
+        return False
+    if not target.is_floating_point():
+        checks.bad_type(
+            op,
+            "target",
+            "floating point (probabilities: it has the shape of the logits)",
+            checks.short(target.dtype),
+        )
+    return True
+
+
+def check_vectors(
+    loss: Loss,
+    input: Tensor,
+    classes: int,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    rows_shape: Sequence[int],
+) -> None:
+    if weight is not None:
+        checks.floating(loss.op, "weight", weight)
+        checks.shape(loss.op, "weight", weight, [classes], "one per class")
+        checks.same_device(loss.op, "weight", weight, "the logits", input)
+    if token_weight is not None:
+        checks.tensor(loss.op, "token_weight", token_weight)
+        checks.shape(loss.op, "token_weight", token_weight, list(rows_shape), "one per target")
+        checks.same_device(loss.op, "token_weight", token_weight, "the logits", input)
+
+
+class Rows(NamedTuple):
+    """What the rows of one loss are compared with, [N] each, in the result's dtype."""
+
+    target: Tensor | None  # int64, shape of the result; None: class_weight holds probabilities
+    class_weight: Tensor | None  # of the weighted sum, [V] or [N, V]; None: 1
+    on_logprob: Tensor | float
+    on_weighted_sum: Tensor | float
+    on_lse_square: Tensor | float
+    total: Tensor | float  # the mean's denominator
+    z_total: Tensor | float
+
+
+def compare_with(
+    loss: Loss,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    classes: int,
+    soft: bool,
+    dtype: torch.dtype,
+) -> Rows:
+    """target: int64 of any shape, or probabilities [N, V]."""
+    smoothing = loss.label_smoothing
+    weight = None if weight is None else weight.to(dtype)
+    per_token = 1.0 if token_weight is None else token_weight.reshape(-1).to(dtype)
+    on_lse_square = per_token * loss.z_loss_weight
+    mean = loss.reduction == "mean"
+    if soft:
+        probability = target.to(dtype)
+        if smoothing > 0:
+            probability = probability * (1 - smoothing) + smoothing / classes
+        if weight is not None:
+            probability = probability * weight
+        rows = float(target.shape[0]) if mean else 1.0
+        return Rows(None, probability, 0.0, -per_token, on_lse_square, rows, rows)
+    if weight is not None and weight.requires_grad:
+        checks.bad_value(
+            loss.op, "weight", "a constant", "a tensor with requires_grad", "detach it"
+        )
+    kept = target.reshape(-1) != loss.ignore_index
+    count = total = kept.sum().to(dtype) if mean else 1.0
+    on_target: Tensor | float = 1.0
+    if weight is not None:
+        # clamped: the row op reports an index out of range, with its position
+        index = target.reshape(-1).clamp(0, classes - 1)
+        on_target = torch.where(kept, weight[index], 0.0)
+        total = on_target.sum() if mean else 1.0
+    return Rows(
+        target=target,
+        class_weight=weight if smoothing > 0 else None,
+        on_logprob=on_target * per_token * (smoothing - 1),
+        on_weighted_sum=per_token * (-smoothing / classes),
+        on_lse_square=on_lse_square,
+        total=total,
+        z_total=count,
+    )
+
+
+def losses_of_rows(loss: Loss, rows: Rows, found: Statistics) -> Tensor:
+    """[N], without the z-loss."""
+    if rows.target is None:
+        return rows.on_weighted_sum * found.weighted_sum
+    value = rows.on_logprob * found.logprob
+    if loss.label_smoothing > 0:
+        value = value + rows.on_weighted_sum * found.weighted_sum
+    return value
+
+
+def z_losses(loss: Loss, rows: Rows, found: Statistics) -> Tensor:
+    """[] or, without reduction, [N]."""
+    value = rows.on_lse_square * found.lse.square()
+    return value if loss.reduction == "none" else value.sum() / rows.z_total
+
+
+def reduce(loss: Loss, rows: Rows, found: Statistics) -> Tensor:
+    """[] or, without reduction, [N]."""
+    value = losses_of_rows(loss, rows, found)
+    if loss.reduction != "none":
+        value = value.sum() / rows.total
+    return value + z_losses(loss, rows, found) if loss.z_loss_weight != 0 else value
+
+
+def auxiliary(loss: Loss, rows: Rows, found: Statistics, shape: Sequence[int]) -> dict[str, Tensor]:
+    """What `return_aux` names. Of the rows' `shape` but for accuracy and a reduced z_loss."""
+    aux: dict[str, Tensor] = {}
+    for name in loss.aux:
+        if name == "z_loss":
+            aux[name] = z_losses(loss, rows, found)
+            if loss.reduction == "none":
+                aux[name] = aux[name].view(shape)
+        elif name == "accuracy":
+            aux[name] = _accuracy(loss, rows, found)
+        else:
+            aux[name] = getattr(found, name).view(shape)
+    return aux
+
+
+def _accuracy(loss: Loss, rows: Rows, found: Statistics) -> Tensor:
+    if rows.target is None:
+        assert rows.class_weight is not None
+        return (found.argmax == rows.class_weight.argmax(-1)).to(found.lse.dtype).mean()
+    target = rows.target.reshape(-1)
+    kept = target != loss.ignore_index
+    return ((found.argmax == target) & kept).sum().to(found.lse.dtype) / kept.sum()

@@ -1,0 +1,129 @@
+"""Cross-entropy of logits: torch's function, with one read of the logits in each direction.
+
+Composed of `row_statistics` (which see for the kernel, the backends and what is saved) and a few
+operations on one number per row, so every option is differentiable with all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ... import checks
+from ..row_statistics.op import result_dtype, row_statistics
+from . import loss as losses
+
+_OP = "cross_entropy"
+
+
+def _rows_shape(input: Tensor, target: Tensor) -> list[int]:
+    """Shape of the loss without reduction, torch's: that of `input` without its classes."""
+    if input.dim() == 1:
+        if tuple(target.shape) not in ((), (1,)):
+            checks.shape(_OP, "target", target, [], "input is one row")
+        return []
+    expected = [input.shape[0], *input.shape[2:]]
+    if list(target.shape) != expected:
+        remedy = ""
+        if target.shape == input.shape[:-1]:
+            remedy = "; classes are dimension 1, so flatten: input.flatten(0, -2), target.flatten()"
+        checks.shape(_OP, "target", target, expected, f"input is {list(input.shape)}{remedy}")
+    return expected
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    return_aux: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of logits and class indices or probabilities, without storing the softmax.
+
+    Same as, without the arguments after `label_smoothing`:
+        torch.nn.functional.cross_entropy(
+            input.float(), target.long(), weight, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing)
+
+    Args:
+        input: logits, [N, V], [V] or [N, V, d1, ...], any float dtype.
+        target: class indices, `input`'s shape without V, any integer dtype, each in [0, V) or
+            `ignore_index`; or probabilities in the shape of `input`, float (differentiable).
+        weight: [V], of each class; "mean" then divides by the sum of the targets' weights.
+        ignore_index: target value of a row without loss, without gradient, and not read.
+        reduction: "none", "mean" (over the rows that are not ignored) or "sum".
+        label_smoothing: share of the target that is spread evenly over all classes.
+        z_loss_weight: adds z_loss_weight * lse**2 to each row (class weights do not apply to it).
+        logit_softcapping: cap in logits = cap * tanh(logits / cap), applied first.
+        logit_scale, temperature: logits * logit_scale / temperature, applied second.
+        token_weight: shape of the index target, multiplies each row's loss (differentiable); it
+            does not enter the denominator of "mean".
+        return_aux: names among "lse", "z_loss", "entropy", "argmax", "accuracy".
+
+    Returns:
+        float32 (float64 for float64 input): [], or with "none" the shape of the index target. With
+        `return_aux` a pair of it and a dict. "lse", "entropy" (differentiable) and "argmax" have
+        the shape of the index target and hold 0 (argmax -1) where it is ignored; "z_loss" is
+        reduced like the loss; "accuracy" is the share of the kept rows whose argmax is the target.
+        As in torch the mean over no rows is NaN.
+
+    Raises:
+        ValueError: a shape or value differs from the above. TypeError: a dtype does.
+        IndexError: a class index is out of range (CPU; elsewhere the row's loss is NaN).
+    """
+    options = losses.checked(
+        _OP,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcapping=logit_softcapping,
+        ignore_index=ignore_index,
+        return_aux=return_aux,
+    )
+    checks.floating(_OP, "input", input)
+    if input.dim() == 0:
+        checks.bad_value(_OP, "input", "[N, V], [V] or [N, V, d1, ...]", "no dimension")
+    class_dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[class_dim]
+    if classes == 0:
+        checks.bad_value(_OP, "input", "of at least one class", list(input.shape))
+    soft = losses.is_soft(_OP, target, input.shape)
+    checks.same_device(_OP, "target", target, "input", input)
+    if soft and ignore_index >= 0:
+        checks.bad_value(_OP, "ignore_index", "negative with probabilities", ignore_index)
+    shape = [s for d, s in enumerate(input.shape) if d != class_dim]
+    if not soft:
+        shape = _rows_shape(input, target)
+    losses.check_vectors(options, input, classes, weight, token_weight, shape)
+
+    logits = input.movedim(class_dim, -1).reshape(-1, classes)
+    dtype = result_dtype(input)
+    target = target.movedim(class_dim, -1).reshape(-1, classes) if soft else target.long()
+    rows = losses.compare_with(options, target, weight, token_weight, classes, soft, dtype)
+    found = row_statistics(
+        logits,
+        rows.target,
+        rows.class_weight,
+        wanted=options.wanted(soft),
+        ignore_index=ignore_index,
+        scale=options.scale,
+        softcap=options.softcap,
+        caller=_OP,
+    )
+    value = losses.reduce(options, rows, found)
+    if reduction == "none":
+        value = value.view(shape)
+    if not options.aux:
+        return value
+    return value, losses.auxiliary(options, rows, found, shape)

@@ -1,0 +1,247 @@
+"""`row_statistics` of a linear layer's output, without ever holding its logits.
+
+    logits = input @ linear_weight.T + linear_bias     [N, V], at least float32 whatever the inputs
+                                                       are; only a chunk of rows exists at a time
+
+Saved: the inputs, and max and log sum exp(z - max) of each row. The backward computes the logits
+again, so any function of the statistics can follow (8 N H V operations in all; the op
+`linear_cross_entropy` does with 6 where the function is known beforehand).
+
+Memory beyond inputs and gradients: one chunk of logits (`max_bytes`); for half-precision inputs
+also one chunk of the input and a slice of the weight in float32, and the float32 sum of the
+weight's gradient.
+
+Backends: both run the loop of `chunks.py`. cpu takes float32, bfloat16 and float16 (the logits are
+float32) and runs the compiled row kernels; reference runs those of plain PyTorch, any float dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import checks, dispatch, extension, library
+from ..row_statistics import op as rows_op
+from ..row_statistics import reference as rows_reference
+from ..row_statistics.op import (
+    Statistics,
+    Upstream,
+    Wanted,
+    coefficients,
+    result_dtype,
+    upstream_of,
+)
+from . import chunks
+from .chunks import Compared, Layer, Needs, RowKernels
+
+LAYER_ARGUMENTS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
+    "Tensor? class_weight, int ignore_index, float scale, float softcap, "
+)
+WANTED_ARGUMENTS = "bool entropy, bool sum_sq, bool weighted_sum, bool argmax, SymInt max_bytes"
+NEEDS_ARGUMENTS = "bool needs_input, bool needs_weight, bool needs_bias"
+STATISTICS = (
+    "Tensor logprob, Tensor lse, Tensor entropy, Tensor sum_sq, Tensor weighted_sum, "
+    "Tensor argmax, Tensor row_max, Tensor log_sum, Tensor weight_mass"
+)
+GRADIENTS = "Tensor dinput, Tensor dlinear_weight, Tensor dlinear_bias"
+
+
+def empty_statistics(input: Tensor, target: Tensor | None, wanted: Any) -> tuple[Tensor, ...]:
+    return rows_op.empty_statistics(input.shape[0], input, target is not None, *wanted)
+
+
+def empty_gradients(layer: Layer, needs: Any) -> tuple[Tensor, ...]:
+    shapes = (layer.input.shape, layer.weight.shape, layer.weight.shape[:1])
+    return tuple(
+        layer.input.new_empty(shape if need else 0)
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+
+
+def rows_per_chunk(layer: Layer, max_bytes: int) -> int:
+    rows, classes = layer.input.shape[0], layer.weight.shape[0]
+    itemsize = result_dtype(layer.input).itemsize
+    return chunks.chunk_rows(rows, classes, itemsize, max_bytes, layer.input.device.type)
+
+
+def check_target(named: dict[str, Any]) -> None:
+    rows_op.check_target(named, named["linear_weight"].shape[0])
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return empty_statistics(args[0], args[3], args[8:12])
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(Layer(*args[:3]), args[15:18])
+
+
+_forward = library.define(
+    "linear_row_statistics",
+    "forward",
+    f"({LAYER_ARGUMENTS}{WANTED_ARGUMENTS}, str caller) -> ({STATISTICS})",
+    _forward_fake,
+    check=check_target,
+)
+_backward = library.define(
+    "linear_row_statistics",
+    "backward",
+    f"({LAYER_ARGUMENTS}Tensor row_max, Tensor log_sum, Tensor? on_p, Tensor? on_p_log_p, "
+    "Tensor? on_p_squared, Tensor? on_weight, Tensor? on_target, "
+    f"{NEEDS_ARGUMENTS}, SymInt max_bytes) -> ({GRADIENTS})",
+    _backward_fake,
+)
+
+
+def _run_forward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
+    layer, compared = Layer(*args[:3]), Compared(*args[3:8])
+    wanted = Wanted(*args[8:12])
+    out = empty_statistics(layer.input, compared.target, wanted)
+    chunks.forward(kernels, layer, compared, wanted, rows_per_chunk(layer, args[12]), out)
+    return out
+
+
+def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
+    layer, compared = Layer(*args[:3]), Compared(*args[3:8])
+    row_max, log_sum, factors, needs = args[8], args[9], args[10:15], Needs(*args[15:18])
+    chunk = rows_per_chunk(layer, args[18])
+    return chunks.backward(kernels, layer, compared, row_max, log_sum, factors, chunk, needs)
+
+
+def _compiled_backward(
+    logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
+) -> Tensor:
+    target, class_weight, ignore_index, scale, softcap = compared
+    rows = (logits, target, class_weight, row_max, log_sum)
+    rows_op.cpu_backward_into(logits, *rows, factors, ignore_index, scale, softcap)
+    return logits
+
+
+def _plain_backward(
+    logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
+) -> Tensor:
+    target, class_weight, ignore_index, scale, softcap = compared
+    rows: tuple[Any, ...] = (logits, target, class_weight, row_max, log_sum, *factors)
+    return rows_reference.backward(*rows, ignore_index, scale, softcap)
+
+
+def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
+    if input.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    return None
+
+
+_COMPILED = RowKernels(rows_op.cpu_forward, _compiled_backward)
+_PLAIN = RowKernels(rows_reference.forward, _plain_backward)
+
+
+def register(
+    op: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> None:
+    """Register the chunk loops of one op, which take the row kernels as first argument."""
+    dispatch.register(
+        op,
+        "cpu",
+        functools.partial(forward, _COMPILED),
+        backward and functools.partial(backward, _COMPILED),
+        devices=("cpu",),
+        unavailable=extension.unavailable,
+        refuses=_cpu_refuses,
+    )
+    dispatch.register(
+        op,
+        "reference",
+        functools.partial(forward, _PLAIN),
+        backward and functools.partial(backward, _PLAIN),
+    )
+
+
+register("linear_row_statistics", _run_forward, _run_backward)
+
+
+def gradients(
+    layer: Layer,
+    compared: Compared,
+    saved: tuple[Tensor, ...],
+    upstream: Upstream,
+    needs: Any,
+    max_bytes: int,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias; saved: row_max, log_sum, entropy, sum_sq and
+    weight_mass of the forward."""
+    row_max, log_sum, *statistics = saved
+    factors = coefficients(upstream, *statistics)
+    found = _backward(*layer, *compared, row_max, log_sum, *factors, *needs, max_bytes)
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+
+class _LinearRowStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        out = _forward(*args)
+        logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
+        ctx.save_for_backward(*args[:5], row_max, log_sum, entropy, sum_sq, mass)
+        ctx.options, ctx.wanted, ctx.max_bytes = args[5:8], Wanted(*args[8:12]), args[12]
+        ctx.mark_non_differentiable(argmax, mass)
+        ctx.set_materialize_grads(False)
+        return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
+        upstream = upstream_of(douts[:5], compared[0] is not None, ctx.wanted)
+        if all(value is None for value in upstream):
+            return (None,) * 14
+        needs = Needs(*ctx.needs_input_grad[:3])
+        found = gradients(
+            layer,
+            Compared(*compared, *ctx.options),
+            ctx.saved_tensors[5:],
+            upstream,
+            needs,
+            ctx.max_bytes,
+        )
+        return *found, *(None,) * 11
+
+
+def linear_row_statistics(
+    layer: Layer, compared: Compared, *, wanted: Wanted, max_bytes: int, caller: str
+) -> Statistics:
+    """Statistics of the layer's logits; max_bytes 0: our own choice. Arguments have been checked.
+    class_weight is a constant."""
+    return Statistics(*_LinearRowStatistics.apply(*layer, *compared, *wanted, max_bytes, caller))
+
+
+def checked_layer(
+    op: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> Layer:
+    """input [..., H], as it is; under autocast all three in its dtype, as for `F.linear`."""
+    checks.floating(op, "input", input)
+    checks.floating(op, "linear_weight", linear_weight)
+    if input.dim() == 0:
+        checks.bad_value(op, "input", "[..., H]", "no dimension")
+    checks.shape(op, "linear_weight", linear_weight, [None, input.shape[-1]], "[V, H]")
+    if linear_weight.shape[0] == 0:
+        checks.bad_value(op, "linear_weight", "of at least one class", list(linear_weight.shape))
+    checks.same_device(op, "linear_weight", linear_weight, "input", input)
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    checks.same_dtype(op, "linear_weight", linear_weight, "input", input)
+    if linear_bias is not None:
+        checks.floating(op, "linear_bias", linear_bias)
+        checks.shape(op, "linear_bias", linear_bias, [linear_weight.shape[0]], "[V]")
+        checks.same_dtype(op, "linear_bias", linear_bias, "input", input)
+        checks.same_device(op, "linear_bias", linear_bias, "input", input)
+    return Layer(input, linear_weight, linear_bias)

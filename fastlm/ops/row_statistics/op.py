@@ -1,0 +1,347 @@
+"""Softmax statistics of each row of logits, every one differentiable.
+
+    z = scale * softcap(logits)      softcap(x) = softcap * tanh(x / softcap), 0: none
+    log p = z - lse                  p = softmax(z)
+
+    logprob       log p[target]                       lse           log sum exp z
+    entropy       -sum p log p                        sum_sq        sum p^2
+    weighted_sum  sum class_weight * log p            argmax        of the logits, first of equals
+
+`cross_entropy`, `token_logprobs` and `entropy` are short functions of these. The gradient of any of
+them with respect to z has the form
+
+    p * (on_p + on_p_log_p * log p + on_p_squared * p)
+      + on_weight * class_weight + on_target * [class is target]
+
+with five numbers per row, so one backward kernel serves all: one read of the logits, one write of
+dlogits. Saved: the logits, max and log sum exp(z - max) of each row (two numbers, because lse alone
+loses log p to rounding when |z| is large), never probabilities.
+
+A row whose target is `ignore_index` is not read: statistics 0, argmax -1, gradient 0. A target out
+of range raises IndexError on the CPU and gives NaN in its row elsewhere. NaN and infinite logits
+give what `log_softmax` gives.
+
+Backends: cpu takes float32 and bfloat16 and any strides of the logits; reference takes everything.
+Results are float32, for float64 logits float64.
+
+Source: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), by blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import checks, dispatch, extension, library
+from . import reference
+
+
+def result_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def empty_statistics(
+    rows: Any,
+    like: Tensor,
+    target: bool,
+    entropy: bool,
+    sum_sq: bool,
+    weighted_sum: bool,
+    argmax: bool,
+) -> tuple[Tensor, ...]:
+    """The outputs of the forward op in order; what was not asked for has no elements."""
+
+    def floats(wanted: bool) -> Tensor:
+        return like.new_empty(rows if wanted else 0, dtype=result_dtype(like))
+
+    return (
+        floats(target),
+        floats(True),
+        floats(entropy),
+        floats(sum_sq),
+        floats(weighted_sum),
+        like.new_empty(rows if argmax else 0, dtype=torch.int64),
+        floats(True),
+        floats(True),
+        floats(weighted_sum),
+    )
+
+
+def _forward_fake(
+    logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    *wanted: Any,
+) -> tuple[Tensor, ...]:
+    return empty_statistics(logits.shape[0], logits, target is not None, *wanted[:4])
+
+
+def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def check_target(named: dict[str, Any], classes: int) -> None:
+    if named["target"] is not None:
+        checks.index_range(
+            named["caller"], "target", named["target"], classes, named["ignore_index"]
+        )
+
+
+_forward = library.define(
+    "row_statistics",
+    "forward",
+    "(Tensor logits, Tensor? target, Tensor? class_weight, int ignore_index, float scale, "
+    "float softcap, bool entropy, bool sum_sq, bool weighted_sum, bool argmax, str caller) -> "
+    "(Tensor logprob, Tensor lse, Tensor entropy, Tensor sum_sq, Tensor weighted_sum, "
+    "Tensor argmax, Tensor row_max, Tensor log_sum, Tensor weight_mass)",
+    _forward_fake,
+    check=lambda named: check_target(named, named["logits"].shape[1]),
+)
+_backward = library.define(
+    "row_statistics",
+    "backward",
+    "(Tensor logits, Tensor? target, Tensor? class_weight, Tensor row_max, Tensor log_sum, "
+    "Tensor? on_p, Tensor? on_p_log_p, Tensor? on_p_squared, Tensor? on_weight, "
+    "Tensor? on_target, int ignore_index, float scale, float softcap) -> Tensor",
+    _backward_fake,
+)
+
+
+def _optional(value: Tensor) -> Tensor | None:
+    return value if value.numel() else None
+
+
+def cpu_forward(
+    logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    entropy: bool,
+    sum_sq: bool,
+    weighted_sum: bool,
+    argmax: bool,
+    caller: str,
+) -> tuple[Tensor, ...]:
+    rows = logits.shape[0]
+    wanted = (target is not None, entropy, sum_sq, weighted_sum, argmax)
+    out = empty_statistics(rows, logits, *wanted)
+    logprob, lse, entropies, squares, weighted, best, row_max, log_sum, mass = out
+    # a broadcast view is read as it is: a copy could be larger than memory
+    if logits.stride(1) != 1 and 0 not in logits.stride():
+        logits = logits.contiguous()
+    extension.raw("row_statistics_forward")(
+        logits,
+        None if target is None else target.contiguous(),
+        None if class_weight is None else class_weight.contiguous(),
+        ignore_index,
+        scale,
+        softcap,
+        row_max,
+        log_sum,
+        lse,
+        _optional(logprob),
+        _optional(entropies),
+        _optional(squares),
+        _optional(weighted),
+        _optional(mass),
+        _optional(best),
+    )
+    return out
+
+
+def cpu_backward_into(
+    dlogits: Tensor,
+    logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    coefficients: tuple[Tensor | None, ...],
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Write dlogits, contiguous; it may be `logits`."""
+    extension.raw("row_statistics_backward")(
+        logits if logits.stride(1) == 1 else logits.contiguous(),
+        None if target is None else target.contiguous(),
+        None if class_weight is None else class_weight.contiguous(),
+        ignore_index,
+        scale,
+        softcap,
+        row_max,
+        log_sum,
+        *coefficients,
+        dlogits,
+    )
+
+
+def _cpu_backward(
+    logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    on_p: Tensor | None,
+    on_p_log_p: Tensor | None,
+    on_p_squared: Tensor | None,
+    on_weight: Tensor | None,
+    on_target: Tensor | None,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    coefficients = (on_p, on_p_log_p, on_p_squared, on_weight, on_target)
+    rows = (logits, target, class_weight, row_max, log_sum)
+    cpu_backward_into(dlogits, *rows, coefficients, ignore_index, scale, softcap)
+    return dlogits
+
+
+def _cpu_refuses(logits: Tensor, **_: Any) -> str | None:
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, not {checks.short(logits.dtype)}"
+    return None
+
+
+dispatch.register(
+    "row_statistics",
+    "cpu",
+    cpu_forward,
+    _cpu_backward,
+    devices=("cpu",),
+    unavailable=extension.unavailable,
+    refuses=_cpu_refuses,
+)
+dispatch.register("row_statistics", "reference", reference.forward, reference.backward)
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to the statistics, [N] each; None: not used."""
+
+    logprob: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    sum_sq: Tensor | None = None
+    weighted_sum: Tensor | None = None
+
+
+def coefficients(
+    upstream: Upstream, entropy: Tensor, sum_sq: Tensor, weight_mass: Tensor
+) -> tuple[Tensor | None, ...]:
+    """(on_p, on_p_log_p, on_p_squared, on_weight, on_target) of the chain rule, [N] or None."""
+    on_p: list[Tensor] = []
+    on_p_log_p = on_p_squared = on_target = None
+    if upstream.logprob is not None:  # d logprob = [target] - p
+        on_target = upstream.logprob.contiguous()
+        on_p.append(-on_target)
+    if upstream.lse is not None:  # d lse = p
+        on_p.append(upstream.lse)
+    if upstream.entropy is not None:  # d entropy = -p (log p + entropy)
+        on_p_log_p = -upstream.entropy
+        on_p.append(on_p_log_p * entropy)
+    if upstream.sum_sq is not None:  # d sum_sq = 2 p (p - sum_sq)
+        on_p_squared = 2 * upstream.sum_sq
+        on_p.append(-on_p_squared * sum_sq)
+    on_weight = upstream.weighted_sum
+    if on_weight is not None:  # d weighted_sum = weight - p * sum weight
+        on_weight = on_weight.contiguous()
+        on_p.append(-on_weight * weight_mass)
+    total = torch.stack(on_p).sum(0) if len(on_p) > 1 else on_p[0].contiguous()
+    return total, on_p_log_p, on_p_squared, on_weight, on_target
+
+
+class Wanted(NamedTuple):
+    """The statistics that cost something."""
+
+    entropy: bool = False
+    sum_sq: bool = False
+    weighted_sum: bool = False
+    argmax: bool = False
+
+
+def upstream_of(douts: Sequence[Tensor | None], has_target: bool, wanted: Wanted) -> Upstream:
+    """Under torch.compile an output without a use comes with zeros, also if it has no elements."""
+    used = (has_target, True, wanted.entropy, wanted.sum_sq, wanted.weighted_sum)
+    return Upstream(*(d if use else None for d, use in zip(douts, used, strict=False)))
+
+
+class _RowStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        *wanted: Any,
+    ) -> tuple[Tensor, ...]:
+        out = _forward(logits, target, class_weight, ignore_index, scale, softcap, *wanted)
+        logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
+        ctx.save_for_backward(logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass)
+        ctx.options, ctx.wanted = (ignore_index, scale, softcap), Wanted(*wanted[:4])
+        ctx.mark_non_differentiable(argmax, mass)
+        ctx.set_materialize_grads(False)
+        return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
+        upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
+        if all(value is None for value in upstream):
+            return (None,) * 10
+        dlogits = dweight = None
+        if ctx.needs_input_grad[0]:
+            saved = (logits, target, class_weight, row_max, log_sum)
+            dlogits = _backward(
+                *saved, *coefficients(upstream, entropy, sum_sq, mass), *ctx.options
+            )
+        if ctx.needs_input_grad[2] and upstream.weighted_sum is not None:
+            _, scale, softcap = ctx.options
+            z, _ = reference.scores(logits, scale, softcap)
+            log_p = (z - row_max[:, None]) - log_sum[:, None]
+            dweight = upstream.weighted_sum[:, None] * log_p
+        return dlogits, None, dweight, *(None,) * 8
+
+
+class Statistics(NamedTuple):
+    """Per row [N]; a statistic that was not asked for has no elements."""
+
+    logprob: Tensor
+    lse: Tensor
+    entropy: Tensor
+    sum_sq: Tensor
+    weighted_sum: Tensor
+    argmax: Tensor
+    weight_mass: Tensor
+
+
+def row_statistics(
+    logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    *,
+    wanted: Wanted,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    caller: str = "row_statistics",
+) -> Statistics:
+    """Statistics of logits [N, V]; target int64 with N elements in any shape, class_weight in the
+    result's dtype, [V] or (differentiable) [N, V]. Arguments have been checked."""
+    options = (ignore_index, scale, softcap)
+    return Statistics(
+        *_RowStatistics.apply(logits, target, class_weight, *options, *wanted, caller)
+    )

@@ -1,0 +1,180 @@
+"""Log-probability of chosen tokens and the entropy of the distribution they came from.
+
+Composed of `row_statistics` and `linear_row_statistics`, which see for kernels, backends and what
+is saved. Every float result is differentiable, alone or together: in the backward they share one
+pass over the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ... import checks
+from ..cross_entropy.loss import scores
+from ..linear_cross_entropy.options import chunk_bytes
+from ..linear_row_statistics import op as linear
+from ..linear_row_statistics.chunks import Compared
+from ..row_statistics.op import Statistics, Wanted, row_statistics
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token [...]; None: not asked for. Where the target is ignored 0, and argmax -1."""
+
+    logprobs: Tensor  # log p[target], nats
+    entropy: Tensor | None = None  # -sum p log p, nats
+    lse: Tensor | None = None  # log sum exp of the scaled logits
+    argmax: Tensor | None = None  # int64, the most probable token, the first of equals
+    sum_sq: Tensor | None = None  # sum p^2
+
+
+def _check_target(op: str, target: Tensor, shape: list[int], logits: Tensor) -> None:
+    checks.integer(op, "target", target)
+    checks.shape(op, "target", target, shape, "one per row of logits")
+    checks.same_device(op, "target", target, "the logits", logits)
+
+
+def _gathered(
+    found: Statistics, shape: list[int], entropy: bool, lse: bool, argmax: bool, sum_sq: bool
+) -> Tensor | TokenLogprobs:
+    logprobs = found.logprob.view(shape)
+    if not (entropy or lse or argmax or sum_sq):
+        return logprobs
+    return TokenLogprobs(
+        logprobs,
+        found.entropy.view(shape) if entropy else None,
+        found.lse.view(shape) if lse else None,
+        found.argmax.view(shape) if argmax else None,
+        found.sum_sq.view(shape) if sum_sq else None,
+    )
+
+
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcapping: float | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    return_argmax: bool = False,
+    return_sum_sq: bool = False,
+) -> Tensor | TokenLogprobs:
+    """Log-probability of each target token, without storing the softmax.
+
+    Same as, where target is kept:
+        (logits.float() / temperature).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+
+    Args:
+        logits: [..., V], any float dtype.
+        target: [...], any integer dtype, in [0, V) or `ignore_index`.
+        ignore_index: target value of a row that is not read: its results are 0 (argmax -1).
+        temperature, logit_scale: logits * logit_scale / temperature, applied second.
+        logit_softcapping: cap in logits = cap * tanh(logits / cap), applied first.
+        return_entropy, return_lse, return_argmax, return_sum_sq: see `TokenLogprobs`.
+
+    Returns:
+        [...], float32 (float64 for float64 logits), in nats; a `TokenLogprobs` when any `return_*`
+        is set. Every float result is differentiable.
+
+    Raises:
+        ValueError: a shape or value differs from the above. TypeError: a dtype does.
+        IndexError: a target is out of range (CPU; elsewhere the row is NaN).
+    """
+    op = "token_logprobs"
+    checks.floating(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        checks.bad_value(op, "logits", "[..., V] of at least one class", list(logits.shape))
+    scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
+    shape = list(logits.shape[:-1])
+    _check_target(op, target, shape, logits)
+    found = row_statistics(
+        logits.reshape(-1, logits.shape[-1]),
+        target.long(),
+        None,
+        wanted=Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax),
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+        caller=op,
+    )
+    return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
+
+
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcapping: float | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    return_argmax: bool = False,
+    return_sum_sq: bool = False,
+    options: Any = None,
+) -> Tensor | TokenLogprobs:
+    """`token_logprobs` of a linear layer's output, without ever holding its logits.
+
+    Same as:
+        token_logprobs(torch.nn.functional.linear(input, linear_weight, linear_bias), target, ...)
+
+    with the products of half-precision inputs accumulated in float32. The backward computes the
+    logits again, chunk by chunk, so any function of the results can follow.
+
+    Args:
+        input: [..., H], any float dtype.
+        linear_weight: [V, H], dtype of `input`.
+        target: [...], any integer dtype, in [0, V) or `ignore_index`.
+        linear_bias: [V], dtype of `input`.
+        options: `LinearCrossEntropyOptions` or torch's own class of that name: size of a chunk.
+        Others: see `token_logprobs`.
+
+    Returns, Raises: as `token_logprobs`.
+    """
+    op = "linear_token_logprobs"
+    layer = linear.checked_layer(op, input, linear_weight, linear_bias)
+    scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
+    shape = list(input.shape[:-1])
+    _check_target(op, target, shape, input)
+    rows = layer._replace(input=layer.input.reshape(-1, input.shape[-1]))
+    found = linear.linear_row_statistics(
+        rows,
+        Compared(target.long(), None, ignore_index, scale, softcap),
+        wanted=Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax),
+        max_bytes=chunk_bytes(op, options, rows.input, linear_weight),
+        caller=op,
+    )
+    return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy of each row's softmax, without storing the softmax.
+
+    Same as:
+        torch.distributions.Categorical(logits=logits.float() / temperature).entropy()
+
+    Args:
+        logits: [..., V], any float dtype; -inf is a class of probability 0.
+        temperature: positive; divides the logits.
+
+    Returns:
+        [...], float32 (float64 for float64 logits), in nats, differentiable.
+
+    Raises:
+        ValueError: a shape or value differs from the above. TypeError: a dtype does.
+    """
+    op = "entropy"
+    checks.floating(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        checks.bad_value(op, "logits", "[..., V] of at least one class", list(logits.shape))
+    scale, _ = scores(op, temperature, 1.0, None)
+    rows = logits.reshape(-1, logits.shape[-1])
+    found = row_statistics(rows, None, None, wanted=Wanted(entropy=True), scale=scale, caller=op)
+    return found.entropy.view(logits.shape[:-1])
