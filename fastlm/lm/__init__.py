@@ -20,7 +20,7 @@ _HOME = {
     "PlainGRULM": "model",
     "Score": "evaluation",
     "TokenStore": "store",
-    "TrainConfig": "trainer",
+    "TrainConfig": "config",
     "Trainer": "trainer",
     "evaluate": "evaluation",
     "generate": "generation",

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from . import machine
+from .config import TrainConfig
 from .model import GRULM, LanguageModel, PlainGRULM
 from .recipe import Recipe
 from .store import Lanes, TokenStore
-from .trainer import TrainConfig, make_optimizer
+from .trainer import make_optimizer
 
 WARM_UP = 2  # steps that are compared but not timed
 

@@ -94,11 +94,8 @@ def _reloads(out: Path, store: preparation.Prepared, score: Score) -> tuple[bool
     """The saved model, read back from disk, scores the same."""
     model, tokenizer = generation.load_checkpoint(checkpoint.read(out / "model"))
     again = evaluate(model, store.tokens, tokenizer)
-    same = again.nats_per_token == score.nats_per_token
-    return (
-        same,
-        f"{again.nats_per_token:.6f} nats/token from disk, {score.nats_per_token:.6f} before",
-    )
+    saved, kept = again.nats_per_token, score.nats_per_token
+    return saved == kept, f"{saved:.6f} nats/token from disk, {kept:.6f} in memory"
 
 
 def _pictures(out: Path, compared: compare.Comparison, reporter: Reporter) -> list[str]:

@@ -25,6 +25,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cpus() -> int:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _logits() -> tuple[Any, ...]:
     return torch.randn(4, 33), torch.arange(4)
 
@@ -90,9 +97,7 @@ def collect() -> dict[str, Any]:
         "numpy": _version("numpy"),
         "extras": {name: _version(name) for name in EXTRAS},
         "system": f"{platform.system()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus": _cpus(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "built": extension.build_info(),

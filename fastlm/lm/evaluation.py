@@ -82,8 +82,8 @@ def verdict(train_nats: float, held: list[float]) -> str:
     best = min(held)
     if held[-1] > 1.01 * best:
         return (
-            f"overfitting: {numbers}; the held-out loss was {best:.2f} before it rose. Use dropout, "
-            "weight decay, --patience or more text"
+            f"overfitting: {numbers}; the held-out loss was {best:.2f} before it rose. Use "
+            "dropout, weight decay, --patience or more text"
         )
     earlier = held[2 * len(held) // 3 - 1] if len(held) >= 3 else held[0]
     if len(held) < 2 or held[-1] < 0.99 * earlier:

@@ -50,7 +50,7 @@ class ModelConfig:
         return self.hidden_size if self.embedding_dim is None else self.embedding_dim
 
     def flops_per_token(self) -> int:
-        """Multiply-adds counted twice, forward and backward; the lookup and its gradient are free."""
+        """Forward and backward, a multiply-add as two; the lookup and its gradient are free."""
         width, inputs, gru = self.hidden_size, self.embedding, 0
         for _ in range(self.num_layers):
             gru += 3 * width * (inputs + width)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .config import TrainConfig
 from .data import Cleaning
 from .errors import CheckpointError
 from .model import GRULM
 from .preparation import DataConfig
-from .trainer import TrainConfig
 
 _TRAIN = {field.name for field in fields(TrainConfig)}
 

@@ -150,7 +150,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 2048) -> BPETokenizer:
-        """Learn merges; the result may be smaller than `vocab_size` (at least 257) on short text."""
+        """Learn merges; short text may give fewer than `vocab_size` ids (at least 257)."""
         if vocab_size < 257:
             raise InputError(f"vocabulary size must be at least 257, got {vocab_size}")
         library = _library()
