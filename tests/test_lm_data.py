@@ -39,11 +39,8 @@ def test_cleaning_can_be_off() -> None:
 
 def test_shipped_corpus_is_what_its_sources_say() -> None:
     corpus = data.load()
-    table = dict(
-        re.findall(
-            r"\| (\w+)\.txt\.gz .*\| ([0-9a-f]{64}) \|", (data.AUSTEN / "SOURCES.md").read_text()
-        )
-    )
+    sources = (data.AUSTEN / "SOURCES.md").read_text()
+    table = dict(re.findall(r"\| (\w+)\.txt\.gz .*\| ([0-9a-f]{64}) \|", sources))
     found = {d.name: hashlib.sha256(d.text.encode()).hexdigest() for d in corpus.documents}
     assert found == table and len(table) == 6
     assert "Julia Silge" in (data.AUSTEN / "LICENSE-janeaustenr").read_text()

@@ -37,7 +37,7 @@ def test_damaged_store_is_named(tmp_path: Path) -> None:
     make_store(tmp_path)
     path = tmp_path / store.TOKENS
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(InputError, match="tokens.bin: 216 tokens"):
+    with pytest.raises(InputError, match="tokens.bin: 217 tokens"):
         store.TokenStore(tmp_path)
     (tmp_path / store.INDEX).write_text("{")
     with pytest.raises(InputError, match="not a token store"):

@@ -112,9 +112,7 @@ def test_changed_configuration_is_refused_with_the_difference(
     saved = checkpoint.newest(tmp_path)
     assert saved is not None
     other = make(prepared, replace(SMALL, lr=0.5, budget="20steps"), out=tmp_path)
-    with pytest.raises(
-        UsageError, match=r"train.budget: 12steps -> 20steps; train.lr: 0.01 -> 0.5"
-    ):
+    with pytest.raises(UsageError, match="train.budget: 12steps -> 20steps; train.lr"):
         other.resume(saved)
     with pytest.raises(UsageError, match=r"configuration: train.lr"):
         other.resume(saved, allow=("budget",))
