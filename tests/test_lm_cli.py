@@ -191,7 +191,7 @@ def test_demo_reports_every_criterion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = demo.Recipe(budget="4steps", tokenizer="bytes", hidden=16, evals=2, eval_tokens=2000)
-    monkeypatch.setattr(demo, "QUICK", demo.Plan(recipe, 2, 7.0, 10))
+    monkeypatch.setattr(demo, "QUICK", demo.Plan(recipe, 2, 10))
     out = tmp_path / "runs"
     for _ in range(2):  # a second run empties its own folder
         assert cli.main(["demo", "--quick", "--out", str(out), "--json"]) == errors.OK
@@ -201,7 +201,7 @@ def test_demo_reports_every_criterion(
     assert cli.main(["generate", str(out), "--max-new-tokens", "5"]) == errors.OK
 
     # a bound that is out of reach fails the run
-    monkeypatch.setattr(demo, "QUICK", demo.Plan(recipe, 2, 0.1, 10))
+    monkeypatch.setattr(demo, "BOUNDS", {"bytes": {1: 0.1}})
     assert cli.main(["demo", "--quick", "--out", str(out)]) == errors.CRITERION_FAILED
     assert "FAIL  learned" in capsys.readouterr().out
 

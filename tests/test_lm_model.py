@@ -116,3 +116,10 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     matrices = {name: p for name, p in plain.named_parameters() if p.dim() == 2}
     products = sum(p.numel() for name, p in matrices.items() if "embedding" not in name)
     assert plain.config.flops_per_token() == 6 * products
+
+
+def test_start_from_counts_predicts_the_frequencies() -> None:
+    model: Any = PlainGRULM(4, 8)
+    model.start_from_counts(torch.tensor([0, 1, 3, 12]))
+    share = model.head.bias.softmax(0)
+    torch.testing.assert_close(share, torch.tensor([1.0, 2.0, 4.0, 13.0]) / 20)

@@ -161,8 +161,6 @@ def _saved(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import torch
-
     from . import checkpoint, preparation, recipe, trainer
 
     checkpoint.require()
@@ -175,9 +173,8 @@ def _train(args: argparse.Namespace) -> int:
     data = preparation.prepare(chosen.data_config())
     for line in preparation.describe(data):
         reporter.line(line)
-    torch.manual_seed(chosen.seed)
     run = trainer.Trainer(
-        chosen.model(data.tokens.vocab_size),
+        chosen.model(data.tokens),
         data.tokens,
         data.tokenizer,
         chosen.train_config(),

@@ -10,7 +10,7 @@ import torch
 
 from . import machine
 from .config import TrainConfig
-from .model import GRULM, LanguageModel, PlainGRULM
+from .model import LanguageModel, PlainGRULM
 from .recipe import Recipe
 from .store import Lanes, TokenStore
 from .trainer import make_optimizer
@@ -90,10 +90,9 @@ class Comparison:
 def side_by_side(store: TokenStore, recipe: Recipe, *, steps: int) -> Comparison:
     """Train both from equal parameters; the order within a pair alternates, so that a busy
     neighbour hits both."""
-    config, arguments = recipe.train_config(), recipe.model_arguments(store.vocab_size)
-    torch.manual_seed(config.seed)
-    plain, fast = PlainGRULM(**arguments), GRULM(**arguments)
-    fast.load_state_dict(plain.state_dict())
+    config, fast = recipe.train_config(), recipe.model(store)
+    plain = PlainGRULM(**recipe.model_arguments(store.vocab_size))
+    plain.load_state_dict(fast.state_dict())
     first, second = _Runner(plain, config), _Runner(fast, config)
     lanes = Lanes(
         store.ids, store.spans("train"), batch=config.batch, length=config.seq, seed=config.seed

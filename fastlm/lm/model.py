@@ -110,6 +110,12 @@ class _LanguageModel(nn.Module):
     def config_dict(self) -> dict[str, Any]:
         return asdict(self.config)
 
+    @torch.no_grad()
+    def start_from_counts(self, counts: Tensor) -> None:
+        """Start from the log frequency of each token [V] as the bias of the head."""
+        share = (counts + 1.0) / (counts + 1.0).sum()
+        self.head.bias.copy_(share.log())
+
     def hidden(self, tokens: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens [B, T] -> (the head's input [B, T, H], state [L, B, H])."""
         output, h_n = self.body(tokens, h0)
@@ -180,9 +186,3 @@ LanguageModel = GRULM | PlainGRULM
 
 def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-@torch.no_grad()
-def same_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy every parameter of `source` into `target`."""
-    target.load_state_dict(source.state_dict())

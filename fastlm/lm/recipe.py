@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import TrainConfig
 from .data import Cleaning
 from .errors import CheckpointError
 from .model import GRULM
 from .preparation import DataConfig
+from .store import TokenStore
 
 _TRAIN = {field.name for field in fields(TrainConfig)}
 
@@ -78,8 +81,12 @@ class Recipe:
             "tied": self.tied,
         }
 
-    def model(self, vocab_size: int) -> GRULM:
-        return GRULM(**self.model_arguments(vocab_size))
+    def model(self, store: TokenStore) -> GRULM:
+        """A new model, drawn with `seed`, whose first guess is how often each token occurs."""
+        torch.manual_seed(self.seed)
+        model = GRULM(**self.model_arguments(store.vocab_size))
+        model.start_from_counts(store.token_counts("train"))
+        return model
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -71,6 +71,13 @@ class TokenStore:
             "characters": sum(e.characters for e in entries),
         }
 
+    def token_counts(self, split: str) -> Tensor:
+        """How often each id occurs in a split, [V]."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start, stop in self.spans(split):
+            counts += np.bincount(self.ids[start:stop], minlength=self.vocab_size)
+        return torch.from_numpy(counts)
+
 
 def write(
     folder: Path,
