@@ -111,7 +111,9 @@ def _pictures(out: Path, compared: compare.Comparison, reporter: Reporter) -> li
         out / "metrics.jsonl", out / "loss.png", title="GRU language model on five Austen novels"
     )
     plot.comparison(
-        compared, out / "comparison.png", title=f"one training step: {compared.ratio:.2f}x"
+        compared,
+        out / "comparison.png",
+        title=f"one training step, median ratio {compared.ratio:.2f}x",
     )
     return ["loss.png", "comparison.png"]
 

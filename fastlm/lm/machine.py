@@ -13,7 +13,7 @@ import torch
 
 
 @functools.cache
-def gemm_rate(size: int = 512, seconds: float = 0.1) -> float:
+def gemm_rate(size: int = 512, seconds: float = 0.3) -> float:
     """FLOP/s of float32 torch.mm on square matrices, the best of repeated runs.
 
     The ceiling that training speed is stated against. Measured once per process.

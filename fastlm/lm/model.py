@@ -166,9 +166,10 @@ class GRULM(_LanguageModel):
         )
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return fastlm.linear_cross_entropy(
+        loss: Any = fastlm.linear_cross_entropy(
             hidden, self.head.weight, targets, linear_bias=self.head.bias
         )
+        return loss
 
 
 class PlainGRULM(_LanguageModel):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import machine
 from .compare import Comparison
 
 PLAIN, FAST, HELD = "#8a8a8a", "#1f77b4", "#d62728"
@@ -61,9 +62,9 @@ def comparison(result: Comparison, path: Path, *, title: str) -> None:
     ):
         times = sorted(1e3 * s for s in seconds)
         axes.plot(times, [row] * len(times), "o", color=color, alpha=0.5)
-        middle = times[len(times) // 2]
+        middle = 1e3 * machine.spread(seconds)[1]
         axes.plot([middle] * 2, [row - 0.25, row + 0.25], color=color, linewidth=3)
         axes.annotate(f"{name}: {middle:.0f} ms", (middle, row + 0.3), ha="center")
     axes.set(xlabel="milliseconds per training step", ylim=(-0.6, 1.8), yticks=[], title=title)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.2e3 * max(result.plain_seconds + result.fast_seconds))
     figure.savefig(path, dpi=120)

@@ -244,7 +244,7 @@ class Trainer:
             self.optimizer.step()
             self.hidden = h_n.detach()
             self._bad_in_a_row = 0
-            smooth = max(0.02, 1.0 / (counters.steps - counters.skipped + 1))
+            smooth = max(0.1, 1.0 / (counters.steps - counters.skipped + 1))
             counters.loss_ema += smooth * (value - counters.loss_ema)
         self.optimizer.zero_grad(set_to_none=True)
         counters.steps += 1
