@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,10 +153,6 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_random_state_round_trip() -> None:
-    import random
-
-    import numpy as np
-
     tensors, state = checkpoint.random_state()
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
     checkpoint.restore_random_state(tensors, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,8 +53,6 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_bad_input_is_3_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, reason: str
 ) -> None:
-    import re
-
     path, out = tmp_path / "x.txt", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
@@ -147,6 +146,15 @@ def test_out_of_space_is_5(
     monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
     assert cli.main(["doctor"]) == errors.OUT_OF_SPACE
     assert "out of memory or disk" in only_line(capsys)
+
+
+def test_folder_that_cannot_be_made_is_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "out"
+    assert train(text, out, "--budget", "2steps", "--quiet") == errors.USAGE
+    assert str(out) in only_line(capsys)
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(text: str, tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ def test_evaluation_is_the_plain_cross_entropy(prepared: preparation.Prepared) -
         ([5.0, 4.5, 4.2, 4.0], "underfitting"),
         ([5.0, 4.0, 4.3, 4.5], "overfitting"),
         ([5.0, 4.0, 4.0, 4.0, 4.0, 4.0], "levelled off"),
+        ([5.0], "too few evaluations"),
     ],
 )
 def test_verdict(held: list[float], word: str) -> None:

@@ -280,7 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.OK
     except (MemoryError, RuntimeError, OSError) as error:
-        if not errors.out_of_space(error):
-            raise
-        print(f"fastlm: error: out of memory or disk: {error}", file=sys.stderr)
-        return errors.OUT_OF_SPACE
+        if errors.out_of_space(error):
+            print(f"fastlm: error: out of memory or disk: {error}", file=sys.stderr)
+            return errors.OUT_OF_SPACE
+        if isinstance(error, OSError) and error.filename is not None:
+            print(f"fastlm: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return errors.USAGE
+        raise

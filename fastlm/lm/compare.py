@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class _Runner:
     """One model with its optimizer and carried state."""
 
     def __init__(self, model: LanguageModel, config: TrainConfig) -> None:
-        self.model, self.clip = model, config.clip
+        self.model, self.clip = model, config.clip or math.inf
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         self.state: torch.Tensor | None = None
         self.seconds: list[float] = []

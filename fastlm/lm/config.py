@@ -30,9 +30,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
-        for name in ("batch", "seq", "evals", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"batch": 1, "seq": 1, "evals": 1, "eval_tokens": 2}.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UsageError(f"lr must be above 0, got {self.lr}")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1):

@@ -79,13 +79,14 @@ def evaluate(
 def verdict(train_nats: float, held: list[float]) -> str:
     """What the curves say, in words; `held` is the held-out nats per token of every evaluation."""
     numbers = f"train {train_nats:.2f}, held-out {held[-1]:.2f} nats/token"
+    if len(held) < 4:
+        return f"too few evaluations for a verdict: {numbers}"
     best = min(held)
     if held[-1] > 1.01 * best:
         return (
             f"overfitting: {numbers}; the held-out loss was {best:.2f} before it rose. Use "
             "dropout, weight decay, --patience or more text"
         )
-    earlier = held[2 * len(held) // 3 - 1] if len(held) >= 3 else held[0]
-    if len(held) < 2 or held[-1] < 0.99 * earlier:
+    if held[-1] < 0.99 * held[2 * len(held) // 3 - 1]:
         return f"underfitting: {numbers}, still falling; a larger budget or model would help"
     return f"levelled off: {numbers}; a larger model or more text would help more than time"

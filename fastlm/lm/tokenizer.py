@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import files
-from .errors import CheckpointError, InputError, MissingExtra
+from .errors import CheckpointError, InputError, MissingExtra, UsageError
 
 Ids = NDArray[np.int64]
 
@@ -152,7 +152,7 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int = 2048) -> BPETokenizer:
         """Learn merges; short text may give fewer than `vocab_size` ids (at least 257)."""
         if vocab_size < 257:
-            raise InputError(f"vocabulary size must be at least 257, got {vocab_size}")
+            raise UsageError(f"vocabulary size must be at least 257, got {vocab_size}")
         library = _library()
         model = library.Tokenizer(library.models.BPE())
         model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
