@@ -1,0 +1,206 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, and a manifest that proves both.
+
+A run folder holds `checkpoints/step-N/`, each complete in itself:
+    model.safetensors  training.safetensors  state.json  tokenizer.json  manifest.json
+`model/` is the same without the training state. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import files
+from .errors import CheckpointError, MissingExtra
+from .tokenizer import Tokenizer
+
+MODEL = "model.safetensors"
+TRAINING = "training.safetensors"
+STATE = "state.json"
+TOKENIZER = "tokenizer.json"
+FORMAT = 1
+
+Tensors = dict[str, Tensor]
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise MissingExtra("a checkpoint", "safetensors") from None
+
+
+def require() -> None:
+    """Fail at the start of a run rather than at its first save."""
+    _safetensors()
+
+
+def own(tensors: Tensors) -> Tensors:
+    """Copies in host memory that share nothing: safetensors refuses tied weights."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
+
+
+def size(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def write(
+    path: Path, model: Tensors, training: Tensors, state: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """One checkpoint, complete or not there at all."""
+    library = _safetensors()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.require_space(path.parent, size(model) + size(training))
+
+    def fill(folder: Path) -> None:
+        library.save_file(own(model), folder / MODEL)
+        if training:
+            library.save_file(own(training), folder / TRAINING)
+        (folder / STATE).write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
+        tokenizer.save(folder / TOKENIZER)
+
+    files.write_folder(path, fill)
+
+
+@dataclass
+class Checkpoint:
+    """A verified folder. `skipped` names the newer ones that were damaged, and how."""
+
+    path: Path
+    state: dict[str, Any]
+    skipped: list[str] = field(default_factory=list)
+
+    def tensors(self, name: str) -> Tensors:
+        try:
+            return _safetensors().load_file(self.path / name)
+        except MissingExtra:
+            raise
+        except Exception as error:  # safetensors has its own exception type
+            raise CheckpointError(f"{self.path / name}: {error}") from None
+
+
+def read(path: Path) -> Checkpoint:
+    """Verify one checkpoint folder and read its state."""
+    path = files.present(path)
+    reason = files.damage(path)
+    if reason:
+        raise CheckpointError(reason)
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        known = state["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE}: not a checkpoint ({error})") from None
+    if not known:
+        raise CheckpointError(
+            f"{path / STATE}: format {state['format']}, this fastlm reads {FORMAT}"
+        )
+    return Checkpoint(path, state)
+
+
+def folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def all_in(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    found = {p.name for p in folder(run).glob("step-*") if p.is_dir()}
+    # the one whose replacement was cut short
+    found |= {p.name[1:-4] for p in folder(run).glob(".step-*.old")}
+    return [folder(run) / name for name in sorted(found, reverse=True)]
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that verifies; None when there has never been one.
+
+    Raises:
+        CheckpointError: there are some and none is whole.
+    """
+    skipped: list[str] = []
+    for path in all_in(run):
+        try:
+            checkpoint = read(path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        checkpoint.skipped = skipped
+        return checkpoint
+    if skipped:
+        raise CheckpointError("; ".join(skipped))
+    return None
+
+
+def find(path: Path) -> Checkpoint:
+    """From a checkpoint or model folder, or from a run folder: its finished model if there is one,
+    else its newest whole checkpoint."""
+    here = files.present(path)
+    if not here.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if (here / STATE).exists() or (here / files.MANIFEST).exists():
+        return read(path)
+    skipped: list[str] = []
+    if files.present(path / "model").is_dir():
+        try:
+            return read(path / "model")
+        except CheckpointError as error:
+            skipped.append(str(error))
+    checkpoint = newest(path)
+    if checkpoint is None:
+        raise CheckpointError("; ".join(skipped) or f"{path}: no checkpoint in this folder")
+    checkpoint.skipped = skipped + checkpoint.skipped
+    return checkpoint
+
+
+def prune(run: Path, keep: int) -> None:
+    for path in all_in(run)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_parameters(module: nn.Module, checkpoint: Checkpoint) -> None:
+    try:
+        module.load_state_dict(checkpoint.tensors(MODEL))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.path / MODEL}: {reason}") from None
+
+
+def random_state() -> tuple[Tensors, dict[str, Any]]:
+    """The generators of torch, numpy and Python, as tensors and JSON."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    tensors = {
+        "random.torch": torch.get_rng_state(),
+        "random.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    state = {
+        "numpy": [str(kind), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+    return tensors, state
+
+
+def restore_random_state(tensors: Tensors, state: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["random.torch"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    kind, position, has_gauss, gauss = state["numpy"]
+    keys = tensors["random.numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

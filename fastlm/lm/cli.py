@@ -1,0 +1,289 @@
+"""The command `fastlm`. Heavy imports wait until a command needs them.
+
+Exit codes: 0 ok, 1 a criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, 5 out of memory or
+disk, 130 interrupted (training state saved).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import errors
+
+UNSET: Any = argparse.SUPPRESS  # so that a resumed run knows what was typed
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
+        parser.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
+
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=UNSET,
+        metavar="PATH",
+        help="text files or folders (default: six novels by Jane Austen)",
+    )
+    option("--holdout", str, "document to hold out, or a share such as 0.1", "NAME")
+    parser.add_argument(
+        "--tokenizer", choices=("auto", "bpe", "bytes"), default=UNSET, help="default: auto"
+    )
+    option("--vocab", int, "vocabulary size of BPE (2048)")
+    parser.add_argument(
+        "--no-clean", dest="clean", action="store_false", default=UNSET, help="keep text as it is"
+    )
+    option("--hidden", int, "GRU width (256)")
+    option("--embedding", int, "embedding width (as --hidden)")
+    option("--layers", int, "GRU layers (1)")
+    option("--dropout", float, "dropout (0)", "P")
+    parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
+    option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
+    option("--lr", float, "peak learning rate (4e-3)", "LR")
+    option("--batch", int, "rows (32)")
+    option("--seq", int, "tokens per row and step (64)")
+    option("--warmup", float, "share of the budget (0.02)", "P")
+    option("--floor", float, "last learning rate over the peak (0.05)", "P")
+    option("--weight-decay", float, "of matrices (0.01)", "W")
+    option("--clip", float, "largest gradient norm, 0 for none (1)", "NORM")
+    option("--patience", int, "evaluations without progress before stopping (never)")
+    option("--evals", int, "evaluations during training (10)")
+    option("--eval-tokens", int, "held-out tokens of each but the last (32768)")
+    option("--seed", int, "seed (0)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlm",
+        description="Train, sample and measure a GRU language model on fused kernels.",
+        epilog="exit codes: 0 ok, 1 criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, "
+        "5 out of memory or disk, 130 interrupted and saved",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole job on real text, with its own criteria")
+    demo.add_argument("--quick", action="store_true", help="a smaller model for half a minute")
+    demo.add_argument("--budget", metavar="B", help="training budget, such as 10m or 2epochs")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    _output_options(demo)
+
+    train = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
+    train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="auto: continue what is in --out (default); options not given are taken from there",
+    )
+    train.add_argument(
+        "--allow-change",
+        default="",
+        metavar="NAME,...",
+        help="options that may differ from the checkpoint, such as budget or lr",
+    )
+    train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
+    _train_options(train)
+    _output_options(train)
+
+    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
+    generate.add_argument("model", type=Path, help="run, checkpoint or model folder")
+    generate.add_argument("--prompt", default="", help="text to continue (default: none)")
+    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    _output_options(generate)
+
+    commands.add_parser("bench", help="benchmarks; see fastlm bench --help", add_help=False)
+
+    doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
+    _output_options(doctor)
+    return parser
+
+
+def _reporter(args: argparse.Namespace) -> Any:
+    from . import progress
+
+    # stdout carries the JSON object alone
+    return progress.reporter(quiet=args.quiet, stream=sys.stderr if args.json else sys.stdout)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def _resume_command(out: Path) -> str:
+    return f"fastlm train --out {shlex.quote(str(out))} --resume auto"
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    passed, report = demo.run(
+        quick=args.quick, budget=args.budget, out=args.out, reporter=_reporter(args)
+    )
+    if report.get("interrupted"):
+        print(f"interrupted and saved; resume with: {_resume_command(args.out)}", file=sys.stderr)
+        return errors.INTERRUPTED
+    if args.json:
+        _print_json(report)
+    return errors.OK if passed else errors.CRITERION_FAILED
+
+
+def _saved(args: argparse.Namespace) -> Any:
+    """The checkpoint to continue from, or None for a new run."""
+    from . import checkpoint
+
+    if args.resume not in ("auto", "never"):
+        return checkpoint.find(Path(args.resume))
+    if args.resume == "never":
+        if checkpoint.all_in(args.out):
+            raise errors.UsageError(f"{args.out}: has checkpoints; choose another --out")
+        return None
+    return checkpoint.newest(args.out)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from . import checkpoint, preparation, recipe, trainer
+
+    checkpoint.require()
+    saved = _saved(args)
+    reporter = _reporter(args)
+    names = recipe.Recipe.__dataclass_fields__
+    given = {name: value for name, value in vars(args).items() if name in names}
+    settings = saved.state.get("settings", {}) if saved is not None else {}
+    chosen = recipe.Recipe.of(settings, given)
+    data = preparation.prepare(chosen.data_config())
+    for line in preparation.describe(data):
+        reporter.line(line)
+    run = trainer.Trainer(
+        chosen.model(data.tokens),
+        data.tokens,
+        data.tokenizer,
+        chosen.train_config(),
+        out=args.out,
+        reporter=reporter,
+        save_every=args.save_every,
+        settings=chosen.to_json(),
+    )
+    if saved is not None:
+        for reason in saved.skipped:
+            print(f"fastlm train: skipped a damaged checkpoint: {reason}", file=sys.stderr)
+        run.resume(saved, allow=tuple(filter(None, args.allow_change.split(","))))
+        reporter.line(f"resumed from {saved.path}")
+        if run.finished():
+            reporter.line(
+                f"its budget of {chosen.budget} is used; for more: --budget B --allow-change budget"
+            )
+    result = run.fit()
+    if args.json:
+        _print_json(asdict(result))
+    if result.stopped == "interrupted":
+        print(f"interrupted and saved; resume with: {_resume_command(args.out)}", file=sys.stderr)
+        return errors.INTERRUPTED
+    reporter.line(f"held out: {result.score}\n{result.verdict}\nmodel: {args.out / 'model'}")
+    return errors.OK
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from . import checkpoint, generation
+
+    saved = checkpoint.find(args.model)
+    for reason in saved.skipped:
+        print(f"fastlm generate: skipped a damaged folder: {reason}", file=sys.stderr)
+    model, tokenizer = generation.load_checkpoint(saved)
+    try:
+        pieces = generation.generate(
+            model,
+            tokenizer,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop=args.stop,
+        )
+        if args.json:
+            text = "".join(pieces)
+            _print_json({"prompt": args.prompt, "text": text, "seed": args.seed})
+            return errors.OK
+        print(args.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except ValueError as error:  # an option that the sampler refuses, in its own words
+        raise errors.UsageError(str(error)) from None
+    return errors.OK
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    report = doctor.collect()
+    if args.json:
+        _print_json(report)
+    else:
+        print(doctor.text(report))
+    broken = any("error" in op for op in report["ops"].values())
+    return errors.CRITERION_FAILED if broken else errors.OK
+
+
+_COMMANDS = {"demo": _demo, "train": _train, "generate": _generate, "doctor": _doctor}
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["bench"]:
+        return importlib.import_module("fastlm.bench").main(list(argv[1:]))
+    args = build_parser().parse_args(argv)
+    if args.threads is not None:
+        import torch
+
+        if args.threads < 1:
+            raise errors.UsageError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    return _COMMANDS[args.command](args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every expected failure is one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except errors.LMError as error:
+        print(f"fastlm: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fastlm: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        return errors.INTERRUPTED
+    except BrokenPipeError:
+        # the reader has what it wants; keep Python from failing again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.OK
+    except (MemoryError, RuntimeError, OSError) as error:
+        if errors.out_of_space(error):
+            print(f"fastlm: error: out of memory or disk: {error}", file=sys.stderr)
+            return errors.OUT_OF_SPACE
+        if isinstance(error, OSError) and error.filename is not None:
+            print(f"fastlm: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return errors.USAGE
+        raise

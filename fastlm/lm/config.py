@@ -1,0 +1,53 @@
+"""The settings of a training run, and how two sets of them differ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .budget import Budget
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`warmup`, `floor`: shares of the budget and of `lr`. `patience`: evaluations without a better
+    held-out score before training stops, None for never. `clip` 0 means no clipping."""
+
+    budget: str = "90s"
+    lr: float = 4e-3
+    batch: int = 32
+    seq: int = 64
+    warmup: float = 0.02
+    floor: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    evals: int = 10
+    eval_tokens: int = 32768
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.budget)
+        for name, least in {"batch": 1, "seq": 1, "evals": 1, "eval_tokens": 2}.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UsageError(f"lr must be above 0, got {self.lr}")
+        if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1):
+            raise UsageError("warmup must be in [0, 1) and floor in [0, 1]")
+        if self.weight_decay < 0 or self.clip < 0:
+            raise UsageError("weight_decay and clip must not be negative")
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys of two nested configurations that disagree, as `key: before -> now`."""
+    lines: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += [f"{key}.{line}" for line in difference(a, b)]
+        elif a != b:
+            lines.append(f"{key}: {a} -> {b}")
+    return lines

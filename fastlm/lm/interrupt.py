@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM: the first asks the training loop to stop, a second soon after stops it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+SECOND_WITHIN = 5.0  # seconds
+
+
+class Interrupt:
+    """`requested` turns true at the first signal; a second within 5 s raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._at = float("-inf")
+        self._before: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.requested and now - self._at < SECOND_WITHIN:
+            raise KeyboardInterrupt
+        self.requested, self._at = True, now
+
+    def __enter__(self) -> Interrupt:
+        # only the main thread may set handlers; elsewhere the caller's own ones stay
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,49 @@
+"""What this machine can do and what this process uses of it."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def gemm_rate(size: int = 512, seconds: float = 0.3) -> float:
+    """FLOP/s of float32 torch.mm on square matrices, the best of repeated runs.
+
+    The ceiling that training speed is stated against. Measured once per process.
+    """
+    a, b, out = (torch.rand(size, size) for _ in range(3))
+    with torch.no_grad():
+        torch.mm(a, b, out=out)  # the first call starts threads
+        best, stop = float("inf"), time.perf_counter() + seconds
+        while (start := time.perf_counter()) < stop:
+            torch.mm(a, b, out=out)
+            best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile)."""
+    if len(values) < 2:
+        value = values[0] if values else float("nan")
+        return value, value, value
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high

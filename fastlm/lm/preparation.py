@@ -1,0 +1,120 @@
+"""From text to a token store and its tokenizer, remembered by content: done once per corpus."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import data, files, store, tokenizer
+from .errors import InputError, MissingExtra
+
+# part of the cache key: change it when the same input gives other tokens
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`paths` None: the shipped novels. `holdout`: a document's name or a share in (0, 1)."""
+
+    paths: tuple[str, ...] | None = None
+    holdout: str | float | None = None
+    tokenizer: str = "auto"
+    vocab_size: int = 2048
+    cleaning: data.Cleaning = data.Cleaning()
+
+    def held_out(self) -> str | float:
+        if self.holdout is not None:
+            return self.holdout
+        return "persuasion" if self.paths is None else 0.1
+
+    def tokenizer_kind(self) -> str:
+        """ "auto" is BPE where the package is installed, else bytes."""
+        if self.tokenizer == "auto":
+            return "bpe" if tokenizer.have_bpe() else "bytes"
+        if self.tokenizer == "bpe" and not tokenizer.have_bpe():
+            raise MissingExtra("a BPE tokenizer", "tokenizers")
+        return self.tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    tokens: store.TokenStore
+    tokenizer: tokenizer.Tokenizer
+    cached: bool
+
+
+def _open(path: Path) -> Prepared | None:
+    """The cached result, or None when it is missing or damaged."""
+    if not path.is_dir() or files.damage(path):
+        return None
+    try:
+        found = tokenizer.load(path / "tokenizer.json")
+        return Prepared(store.TokenStore(path), found, True)
+    except InputError:
+        return None
+
+
+def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
+    """Load, clean, split, train the tokenizer on the training part only, encode.
+
+    Raises:
+        InputError: a file is unusable, or the held-out document does not exist.
+    """
+    corpus = data.load(config.paths)
+    kind = config.tokenizer_kind()
+    key = files.digest(
+        [VERSION, corpus.sha256, asdict(config.cleaning), kind, config.vocab_size]
+        + [config.held_out()]
+    )
+    path = (cache or files.cache_dir()) / "tokens" / key[:24]
+    found = _open(path)
+    if found is not None:
+        return found
+    cleaned = data.clean_corpus(corpus, config.cleaning)
+    train, held = data.hold_out(cleaned, config.held_out())
+    chosen: tokenizer.Tokenizer = tokenizer.ByteTokenizer()
+    if kind == "bpe":
+        texts = [document.text for document in train]
+        chosen = tokenizer.BPETokenizer.train(texts, config.vocab_size)
+
+    def fill(folder: Path) -> None:
+        counts = {name: count for name, count in cleaned.counts.items() if count}
+        store.write(folder, chosen, {"train": train, "held": held}, counts)
+        chosen.save(folder / "tokenizer.json")
+
+    files.write_folder(path, fill)
+    return Prepared(store.TokenStore(path), chosen, False)
+
+
+def describe(prepared: Prepared) -> list[str]:
+    """What was removed, how many tokens, and how they are split: lines for people."""
+    tokens = prepared.tokens
+    removed = ", ".join(f"{count:,} {name}" for name, count in tokens.counts.items())
+    lines = [f"cleaned: {removed or 'nothing to change'}"]
+    for split, title in (("train", "train"), ("held", "held out")):
+        totals = tokens.totals(split)
+        names = ", ".join(entry.name for entry in tokens.split(split))
+        per_token = totals["characters"] / max(1, totals["tokens"])
+        lines.append(
+            f"{title}: {totals['tokens']:,} tokens, {per_token:.2f} characters each ({names})"
+        )
+    made = "from the cache" if prepared.cached else "made now"
+    lines.append(
+        f"tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size:,} ids; {made}"
+    )
+    return lines
+
+
+def summary(prepared: Prepared) -> dict[str, object]:
+    tokens = prepared.tokens
+    return {
+        "cleaned": tokens.counts,
+        "train": tokens.totals("train"),
+        "held_out": {**tokens.totals("held"), "names": [e.name for e in tokens.split("held")]},
+        "tokenizer": {
+            "kind": prepared.tokenizer.kind,
+            "vocab_size": prepared.tokenizer.vocab_size,
+            "sha256": prepared.tokenizer.sha256,
+        },
+        "cached": prepared.cached,
+    }
