@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, library
 from . import arguments, reference
@@ -178,7 +177,7 @@ class _Attention(torch.autograd.Function):
         return (out, lse) if return_lse else out
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Any, ...]:
         q, k, v, *given, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()

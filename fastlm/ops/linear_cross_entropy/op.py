@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, library
 from ..cross_entropy import loss as losses
@@ -105,7 +104,7 @@ class _KnownRows(torch.autograd.Function):
         return total, lse, entropy, argmax
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         # under torch.compile a result without a use comes with zeros
         dlse, dentropy = (

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, extension, library
 from ..row_statistics import op as rows_op
@@ -126,9 +125,9 @@ def _compiled_backward(
 def _plain_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
-    target, class_weight, ignore_index, scale, softcap = compared
-    rows: tuple[Any, ...] = (logits, target, class_weight, row_max, log_sum, *factors)
-    return rows_reference.backward(*rows, ignore_index, scale, softcap)
+    target, class_weight, *options = compared
+    arguments = (logits, target, class_weight, row_max, log_sum, *factors, *options)
+    return rows_reference.backward(*arguments)
 
 
 def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
@@ -195,7 +194,7 @@ class _LinearRowStatistics(torch.autograd.Function):
         return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
         upstream = upstream_of(douts[:5], compared[0] is not None, ctx.wanted)

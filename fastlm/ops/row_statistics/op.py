@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, extension, library
 from . import reference
@@ -296,7 +295,7 @@ class _RowStatistics(torch.autograd.Function):
         return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
         upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
