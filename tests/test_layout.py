@@ -18,6 +18,7 @@ CORE_DEPENDENCIES = {"torch", "numpy", "fastlm", "__future__", *sys.stdlib_modul
 ABOVE_OPS = ("fastlm.nn", "fastlm.lm", "fastlm.compat", "fastlm.swap", "fastlm.bench")
 # style: files of 400 lines, functions of 60; a tenth and a quarter more are not worth an argument
 FILE_LINES, FUNCTION_LINES = 440, 75
+TEST_FILE_LINES = 800  # all tests of an op stand in one file, whatever their number
 LARGEST_FILE = 1 << 20
 
 
@@ -173,7 +174,8 @@ def test_files_and_functions_are_short() -> None:
     for path in python_files("fastlm", "benchmarks", "tests", "setup.py"):
         text = path.read_text()
         lines = text.count("\n")
-        if lines > FILE_LINES:
+        is_test = path.name.startswith("test_")
+        if lines > (TEST_FILE_LINES if is_test else FILE_LINES):
             found.append(f"{path.relative_to(ROOT)}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -22,7 +22,7 @@ PROMPTS = ("It is a truth", "Captain Wentworth", '"I do not know,"')
 LOSS_TOLERANCE = 1e-5  # relative, between two summation orders of the same float32 mathematics
 
 # held-out bits per byte to reach after so many training steps of 32 x 64 tokens
-BOUNDS = {"bpe": {600: 1.95, 60: 2.5}, "bytes": {600: 2.3, 60: 2.9}}
+BOUNDS = {"bpe": {450: 1.95, 60: 2.5}, "bytes": {450: 2.3, 60: 2.9}}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
     new_tokens: int
 
 
-FULL = Plan(Recipe(budget="600steps", lr=8e-3), 20, 60)
+FULL = Plan(Recipe(budget="450steps", lr=8e-3), 20, 60)
 QUICK = Plan(Recipe(budget="60steps", lr=8e-3, evals=4, eval_tokens=8192), 8, 30)
 
 
