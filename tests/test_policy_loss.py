@@ -88,8 +88,22 @@ def loop(
 
 def call(data: dict[str, Tensor], **options: object) -> Tensor:
     names = ("logprobs", "advantages")
-    rest = {k: v for k, v in data.items() if k not in names} | options
+    # each type with the aggregation of its paper, unless the test says otherwise
+    rest = {k: v for k, v in data.items() if k not in names} | {"loss_agg_mode": None} | options
     return fastlm.policy_loss(*(data[n] for n in names), **rest)
+
+
+def test_default_aggregation_is_the_token_mean():
+    data = batch()
+    names = ("logprobs", "advantages")
+    for loss_type in AGGREGATION:
+        default = fastlm.policy_loss(*(data[n] for n in names), loss_type=loss_type)
+        torch.testing.assert_close(
+            default,
+            fastlm.policy_loss(
+                *(data[n] for n in names), loss_type=loss_type, loss_agg_mode="token-mean"
+            ),
+        )
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])

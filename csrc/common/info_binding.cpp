@@ -13,7 +13,12 @@ std::string build_info() {
 #else
   const char* cuda = "CPU only";
 #endif
-  return std::string(__VERSION__) + ", " + cuda + ", torch stable ABI 2.10";
+#if defined(__clang__)
+  const char* compiler = __VERSION__;
+#else
+  const char* compiler = "GCC " __VERSION__;
+#endif
+  return std::string(compiler) + ", " + cuda + ", torch stable ABI 2.10";
 }
 
 }  // namespace

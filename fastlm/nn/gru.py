@@ -233,8 +233,10 @@ class GRUDecoder:
         return self._table.new_zeros(len(self._cells), batch, self._hidden)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B], h [num_layers, B, H] -> output [B, H] of the last layer, next h."""
+    def step(self, tokens: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """tokens [B], h [num_layers, B, H] or None -> output [B, H] of the last layer, next h."""
+        if h is None:
+            h = self.start(tokens.shape[0])
         checks.index_range("nn.GRUDecoder", "tokens", tokens, self._table.shape[0], None)
         states: list[Tensor] = []
         index: Tensor | None

@@ -123,7 +123,7 @@ def policy_loss(
     is_ratio: Tensor | None = None,
     is_mode: str = "truncate",
     is_cap: float | None = None,
-    loss_agg_mode: str | None = None,
+    loss_agg_mode: str | None = "token-mean",
     max_length: int | None = None,
 ) -> Tensor:
     """Policy-gradient loss of sampled tokens: policy term + KL penalty - entropy bonus, one number.
@@ -136,7 +136,8 @@ def policy_loss(
         gspo                             the same, r = exp(mean of the sequence's log-ratios)
         cispo                            -clip(r) * A * logprob, no gradient through clip(r)
 
-    The types in one line differ in `loss_agg_mode`, which is that of the type when None:
+    The types in one line differ in the aggregation of their papers, which `loss_agg_mode=None`
+    chooses; the default is "token-mean" for all, as in verl:
 
         token-mean               sum / number of tokens             reinforce ppo bnpo dapo cispo
         seq-mean-token-mean      mean over sequences of their mean  grpo gspo
