@@ -25,7 +25,8 @@ int64_t gru_forward_workspace(const GruShape& s) {
 
 int64_t gru_backward_workspace(const GruShape& s) {
   int64_t width = padded(s.hidden);
-  return 3 * width * s.hidden + s.batch * (2 * (3 * width + kSkew) + width + kSkew);
+  int64_t per_row = 2 * (3 * width + kSkew) + width + kSkew;
+  return 3 * width * s.hidden + s.batch * per_row + 2 * 6 * width;
 }
 
 int gru_threads(const GruShape& s, int available) {

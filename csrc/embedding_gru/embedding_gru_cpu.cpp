@@ -16,6 +16,10 @@ constexpr int kGates = 3;
 constexpr int kRows = kLanes == 16 ? 8 : 4;
 // columns of the backward product: as many accumulators again
 constexpr int kVectors = 3;
+// db_ih and db_hh
+constexpr int kBiasSums = 2 * kGates;
+// tokens added up in plain float32 before they join the compensated sum over all tokens
+constexpr int64_t kBiasTokens = 32;
 // rows of equal power-of-two stride would fall into the same cache sets
 constexpr int64_t kSkew = 16;
 
@@ -193,18 +197,23 @@ struct BackwardBuffers {
   float* packed;    // [vectors * kLanes][3H] floats, in panels
   float* dgate[2];  // [B][gate_stride]: dr, dz, dn * r of one step
   float* carry;     // [B][state_stride]: gradient of the state
-  int64_t gate_stride, state_stride;
+  float* bias;      // [kBiasSums][width]: bias gradients of the last few steps
+  float* lost;      // [kBiasSums][width]: what rounding took from dbias so far
+  int64_t gate_stride, state_stride, width;
 };
 
 FASTLM_INLINE BackwardBuffers backward_buffers(const GruShape& s, float* workspace) {
   int64_t count = vectors(s.hidden);
   BackwardBuffers b;
   b.gate_stride = kGates * count * kLanes + kSkew;
-  b.state_stride = count * kLanes + kSkew;
+  b.width = count * kLanes;
+  b.state_stride = b.width + kSkew;
   b.packed = workspace;
-  b.dgate[0] = b.packed + count * kLanes * kGates * s.hidden;
+  b.dgate[0] = b.packed + b.width * kGates * s.hidden;
   b.dgate[1] = b.dgate[0] + s.batch * b.gate_stride;
   b.carry = b.dgate[1] + s.batch * b.gate_stride;
+  b.bias = b.carry + s.batch * b.state_stride;
+  b.lost = b.bias + kBiasSums * b.width;
   return b;
 }
 
@@ -226,7 +235,6 @@ void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_
   float* scratch = buffers.dgate[step & 1] + b * buffers.gate_stride;
   float* dgates = a.dhidden_gates + n * kGates * hidden;
   float* dtable = a.dtable + (a.index ? a.index[n] : n) * kGates * hidden;
-  float* dbias = a.dbias;
   for (int64_t v = own.begin; v < own.end; ++v) {
     const int64_t j = v * kLanes;
     Vec r = load_columns(gates, j, hidden), z = load_columns(gates + hidden, j, hidden);
@@ -251,10 +259,28 @@ void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_
     for (int g = 0; g < kGates; ++g) {
       Vec old = a.index ? load_columns(dtable + g * hidden, j, hidden) : Vec{};
       store_columns(dtable + g * hidden, j, hidden, old + to_input[g]);
-      float* sums = dbias + g * hidden;
-      store_columns(sums, j, hidden, load_columns(sums, j, hidden) + to_input[g]);
-      sums += kGates * hidden;
-      store_columns(sums, j, hidden, load_columns(sums, j, hidden) + to_hidden[g]);
+      float* sums = buffers.bias + g * buffers.width + j;
+      store(sums, load(sums) + to_input[g]);
+      sums += kGates * buffers.width;
+      store(sums, load(sums) + to_hidden[g]);
+    }
+  }
+}
+
+// moves the sums of the last steps into dbias (Kahan), and starts them afresh
+void add_bias(const GruBackward& a, const BackwardBuffers& buffers, Range own) {
+  const int64_t hidden = a.shape.hidden;
+  for (int g = 0; g < kBiasSums; ++g) {
+    for (int64_t v = own.begin; v < own.end; ++v) {
+      const int64_t j = v * kLanes;
+      float* recent = buffers.bias + g * buffers.width + j;
+      float* lost = buffers.lost + g * buffers.width + j;
+      Vec total = load_columns(a.dbias + g * hidden, j, hidden);
+      Vec term = load(recent) - load(lost);
+      Vec sum = total + term;
+      store(lost, (sum - total) - term);
+      store(recent, Vec{});
+      store_columns(a.dbias + g * hidden, j, hidden, sum);
     }
   }
 }
@@ -352,12 +378,16 @@ void gru_backward(const GruBackward& a, Team& team, int rank) {
       Vec d = a.dh_n ? load_columns(a.dh_n + b * hidden, v * kLanes, hidden) : Vec{};
       store(buffers.carry + b * buffers.state_stride + v * kLanes, d);
     }
-    for (int g = 0; g < 2 * kGates; ++g) {
+    for (int g = 0; g < kBiasSums; ++g) {
       store_columns(a.dbias + g * hidden, v * kLanes, hidden, Vec{});
+      store(buffers.bias + g * buffers.width + v * kLanes, Vec{});
+      store(buffers.lost + g * buffers.width + v * kLanes, Vec{});
     }
   }
+  const int64_t every = kBiasTokens > s.batch ? (kBiasTokens + s.batch - 1) / s.batch : 1;
   for (int64_t step = s.steps - 1; step >= 0; --step) {
     for (int64_t b = 0; b < s.batch; ++b) gate_gradients(a, buffers, step, b, own);
+    if (step % every == 0) add_bias(a, buffers, own);
     // every column of this step's gate gradients is needed; they are double-buffered as well
     team.barrier(&round);
     for_panels<MultiplyPanel>(own, a, buffers, step);
