@@ -127,8 +127,8 @@ def _plain_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
     target, class_weight, ignore_index, scale, softcap = compared
-    rows: tuple[Any, ...] = (logits, target, class_weight, row_max, log_sum, *factors)
-    return rows_reference.backward(*rows, ignore_index, scale, softcap)
+    rows: list[Any] = [logits, target, class_weight, row_max, log_sum, *factors]
+    return rows_reference.backward(*rows, ignore_index=ignore_index, scale=scale, softcap=softcap)
 
 
 def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
