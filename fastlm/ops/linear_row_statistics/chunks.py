@@ -59,7 +59,7 @@ class Compared(NamedTuple):
     softcap: float
 
     def rows(self, begin: int, end: int) -> Compared:
-        target = None if self.target is None else self.target.view(-1)[begin:end]
+        target = None if self.target is None else self.target.reshape(-1)[begin:end]
         weight = self.class_weight
         if weight is not None and weight.dim() == 2:
             weight = weight[begin:end]

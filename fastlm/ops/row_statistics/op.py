@@ -300,7 +300,7 @@ class _RowStatistics(torch.autograd.Function):
         logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
         upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
         if all(value is None for value in upstream):
-            return (None,) * 10
+            return (None,) * 11
         dlogits = dweight = None
         if ctx.needs_input_grad[0]:
             saved = (logits, target, class_weight, row_max, log_sum)
@@ -308,10 +308,13 @@ class _RowStatistics(torch.autograd.Function):
                 *saved, *coefficients(upstream, entropy, sum_sq, mass), *ctx.options
             )
         if ctx.needs_input_grad[2] and upstream.weighted_sum is not None:
-            _, scale, softcap = ctx.options
+            ignore_index, scale, softcap = ctx.options
             z, _ = reference.scores(logits, scale, softcap)
             log_p = (z - row_max[:, None]) - log_sum[:, None]
             dweight = upstream.weighted_sum[:, None] * log_p
+            if target is not None:
+                ignored = (target.reshape(-1) == ignore_index)[:, None]
+                dweight = dweight.masked_fill(ignored, 0.0)
         return dlogits, None, dweight, *(None,) * 8
 
 
