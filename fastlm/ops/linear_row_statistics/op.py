@@ -125,9 +125,9 @@ def _compiled_backward(
 def _plain_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
-    target, class_weight, ignore_index, scale, softcap = compared
-    rows: list[Any] = [logits, target, class_weight, row_max, log_sum, *factors]
-    return rows_reference.backward(*rows, ignore_index=ignore_index, scale=scale, softcap=softcap)
+    target, class_weight, *options = compared
+    arguments = (logits, target, class_weight, row_max, log_sum, *factors, *options)
+    return rows_reference.backward(*arguments)
 
 
 def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
