@@ -127,8 +127,22 @@ def _plain_backward(
     logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
 ) -> Tensor:
     target, class_weight, ignore_index, scale, softcap = compared
-    rows: list[Any] = [logits, target, class_weight, row_max, log_sum, *factors]
-    return rows_reference.backward(*rows, ignore_index=ignore_index, scale=scale, softcap=softcap)
+    on_p, on_p_log_p, on_p_squared, on_weight, on_target = factors
+    return rows_reference.backward(
+        logits,
+        target,
+        class_weight,
+        row_max,
+        log_sum,
+        on_p,
+        on_p_log_p,
+        on_p_squared,
+        on_weight,
+        on_target,
+        ignore_index,
+        scale,
+        softcap,
+    )
 
 
 def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
