@@ -96,15 +96,23 @@ FASTLM_INLINE float reduce_max(Vec x) {
 }
 FASTLM_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// exp within 2 ulp on the normal range: 2^n * p(r) with the Cephes polynomial (S. Moshier).
-// Below -87.3 it is 0, above 88.7 infinity; NaN stays NaN.
-FASTLM_INLINE Vec exp(Vec x) {
+// the larger and the smaller, one instruction each; a NaN in `x` stays
+FASTLM_INLINE Vec at_least(float low, Vec x) {
+  Vec bound = broadcast(low);
+  return bound > x ? bound : x;
+}
+FASTLM_INLINE Vec at_most(float high, Vec x) {
+  Vec bound = broadcast(high);
+  return bound < x ? bound : x;
+}
+
+// exp for x in [-87.3, 88] within 2 ulp: 2^n * p(r) with the Cephes polynomial (S. Moshier).
+// NaN stays NaN.
+FASTLM_INLINE Vec exp_in_range(Vec x) {
   constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  Vec clamped = x < -87.3f ? broadcast(-87.3f) : x;
-  clamped = clamped > 88.72f ? broadcast(88.72f) : clamped;
-  Vec n = (clamped * 1.44269504088896341f + kMagic) - kMagic;
-  n = n > 127.f ? broadcast(127.f) : n;
-  Vec r = clamped - n * 0.693359375f;
+  Vec shifted = x * 1.44269504088896341f + kMagic;
+  Vec n = shifted - kMagic;
+  Vec r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   Vec p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -113,13 +121,20 @@ FASTLM_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.f);
-  VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
-  Vec y = p * (Vec)exponent;
-  y = x < -87.3f ? Vec{} : y;
-  y = x > 88.72f ? broadcast(__builtin_inff()) : y;
-  return x != x ? x : y;
+  // the integer stands in the low bits of `shifted`; 0x3f800000 is 1.0
+  VecBits scale = ((VecBits)shifted << 23) + 0x3f800000;
+  return p * (Vec)scale;
 }
-FASTLM_INLINE Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
-FASTLM_INLINE Vec tanh(Vec x) { return 1.f - 2.f / (exp(2.f * x) + 1.f); }
+// exp of what is at most 88: 0 below -87.3, NaN stays NaN
+FASTLM_INLINE Vec exp(Vec x) {
+  Vec y = exp_in_range(at_least(-87.3f, x));
+  return x < -87.3f ? Vec{} : y;
+}
+FASTLM_INLINE Vec sigmoid(Vec x) {
+  return 1.f / (1.f + exp_in_range(at_most(87.f, at_least(-87.f, -x))));
+}
+FASTLM_INLINE Vec tanh(Vec x) {
+  return 1.f - 2.f / (exp_in_range(at_most(87.f, at_least(-87.f, 2.f * x))) + 1.f);
+}
 
 }  // namespace

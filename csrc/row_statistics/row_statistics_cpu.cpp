@@ -33,6 +33,8 @@ FASTLM_INLINE Vec accurate_tanh(Vec x) {
   return select(square < 0.390625f, p, tanh(x));
 }
 
+FASTLM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
 // from logits to z
 template <bool kCap>
 struct Scores {
@@ -154,6 +156,9 @@ void add_block(const RowForward& a, const T* x, const float* weight, int count, 
   int i = 0;
   auto shifted = [&](Vec v) { return scores.z(scores.squash(v)) - base; };
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    // the next block (of this row or the next one) arrives while this one is worked on
+    prefetch(x + i + kBlock);
+    prefetch(x + i + kBlock + kLanes);
     Vec w0 = kWeighted && weight ? load(weight + i) : one;
     Vec w1 = kWeighted && weight ? load(weight + i + kLanes) : one;
     Sums::template add<false>(even, shifted(load(x + i)), w0, VecInt{});
