@@ -247,6 +247,7 @@ def test_every_instruction_set(isa: str) -> None:
         "try: extension.cpu_isa()\n"
         "except RuntimeError as e: print('absent', e); raise SystemExit\n"
         f"assert extension.cpu_isa() == '{isa}'\n"
+        "torch.manual_seed(0)\n"
         "for shape in t.SHAPES: testing.check(t.ours, t.plain, t.case(*shape))\n"
         "print('checked')"
     )

@@ -133,8 +133,19 @@ FASTLM_INLINE Vec exp(Vec x) {
 FASTLM_INLINE Vec sigmoid(Vec x) {
   return 1.f / (1.f + exp_in_range(at_most(87.f, at_least(-87.f, -x))));
 }
+// near 0 the exponential form loses its relative accuracy; Cephes polynomial there (S. Moshier)
 FASTLM_INLINE Vec tanh(Vec x) {
-  return 1.f - 2.f / (exp_in_range(at_most(87.f, at_least(-87.f, 2.f * x))) + 1.f);
+  Vec square = x * x;
+  Vec p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  p = p * square * x + x;
+  // of |x|: for negative x the difference would be of numbers twice the result
+  VecBits sign = (VecBits)x & 0x80000000u;
+  Vec t = exp_in_range(at_least(-87.f, -2.f * (Vec)((VecBits)x ^ sign)));
+  Vec far = 1.f - 2.f * t / (1.f + t);
+  return square < 0.390625f ? p : (Vec)((VecBits)far | sign);
 }
 
 }  // namespace

@@ -22,17 +22,6 @@ FASTLM_INLINE VecInt first_lanes(int count) {
   return lane < count;
 }
 
-// near 0 the exponential form loses the relative accuracy; Cephes polynomial there (S. Moshier)
-FASTLM_INLINE Vec accurate_tanh(Vec x) {
-  Vec square = x * x;
-  Vec p = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  p = p * square * x + x;
-  return select(square < 0.390625f, p, tanh(x));
-}
-
 FASTLM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // from logits to z
@@ -42,7 +31,7 @@ struct Scores {
   Scores(float scale, float softcap)
       : scale(scale), cap(softcap), inverse_cap(kCap ? 1.f / softcap : 0.f) {}
   // tanh of the logit, or the logit itself
-  Vec squash(Vec x) const { return kCap ? accurate_tanh(x * inverse_cap) : x; }
+  Vec squash(Vec x) const { return kCap ? tanh(x * inverse_cap) : x; }
   Vec z(Vec squashed) const { return kCap ? squashed * cap * scale : squashed * scale; }
   // dz/dlogits
   Vec slope(Vec squashed) const {
