@@ -184,6 +184,6 @@ def _merge(path: Path, machine: dict[str, Any], rows: dict[str, dict[str, Any]])
         known["cases"][case_id] = {**row, "measured": now, "machine": machine}
     known["machine"] = machine["name"]
     known["cases"] = dict(sorted(known["cases"].items()))
-    draft = path.with_suffix(".draft")
+    draft = path.with_suffix(f".{os.getpid()}.draft")
     draft.write_text(json.dumps(known, indent=1) + "\n")
     draft.replace(path)
