@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
 
 import fastlm
+from fastlm.lm.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -42,3 +44,10 @@ def test_every_public_function_is_named() -> None:
 def test_pictures_exist() -> None:
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_commands_parse() -> None:
+    lines = re.findall(r"^    fastlm ([a-z].*?)(?:  +#.*)?$", README, re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        build_parser().parse_args(shlex.split(line))
