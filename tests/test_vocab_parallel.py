@@ -1,6 +1,6 @@
 """Losses with the vocabulary in parts against the same call on the whole, over gloo on loopback.
 
-This file is also the program of one rank: each world size is started once and runs every case.
+This file is also the program of the ranks: each world size is started once and runs every case.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -34,16 +35,18 @@ def case(function):
     return function
 
 
-class Counting(TorchDispatchMode):
-    """How often each collective runs."""
+class Collectives(TorchDispatchMode):
+    """How often each collective runs, and the bytes of the largest thing sent."""
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.most_bytes = Counter(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             self.calls[function._schema.name.removeprefix("c10d::")] += 1
+            sent = args[1] if function._schema.name == "c10d::allgather_" else args[0]
+            self.most_bytes = max(self.most_bytes, *(tensor.nbytes for tensor in sent))
         return function(*args, **(kwargs or {}))
 
 
@@ -121,7 +124,7 @@ LOSS_OPTIONS = [
 def cross_entropy():
     for kind in KINDS:
         part = Part(36, kind)
-        for dtype in FLOATS:
+        for dtype in FLOATS if kind == "unequal" else FLOATS[:1]:
             for options in LOSS_OPTIONS:
                 logits, target = make(7, 36, dtype, options.get("ignore_index", -100))
                 for weight in (None, torch.rand(36, dtype=torch.float64) + 0.1):
@@ -218,7 +221,7 @@ def linear_cross_entropy():
     for kind in KINDS:
         part = Part(36, kind)
         for options in ({"shift": 1}, {"options": small, "shift": 2}, *LOSS_OPTIONS[1:7]):
-            for dtype in FLOATS if kind == "unequal" else FLOATS[:2]:
+            for dtype in FLOATS if kind == "unequal" else FLOATS[:1]:
 
                 def ours(x, w, b, t, part=part, options=options):
                     given = {"linear_bias": part.of(b), **part.options, **options}
@@ -385,40 +388,31 @@ def number_of_collectives():
         lambda x: fastlm.token_logprobs(x, target, **RETURNS, **part.options).entropy.sum(),
     ):
         leaf = part.of(logits).detach().clone().requires_grad_()
-        with Counting() as mode:
+        with Collectives() as mode:
             loss = function(leaf)
-        assert mode.calls == {"_allgather_base_": 1}, mode.calls
-        with Counting() as mode:
+        assert mode.calls == {"allgather_": 1}, mode.calls
+        with Collectives() as mode:
             loss.sum().backward()
         assert not mode.calls, mode.calls
     for frozen in (False, True):
         input, weight, bias, target_2d = linear_arguments(torch.float32, 24)
         weight = part.of(weight, 0).clone().requires_grad_()
         input.requires_grad_(not frozen)
-        with Counting() as mode:
+        with Collectives() as mode:
             loss = fastlm.linear_cross_entropy(input, weight, target_2d, **part.options)
-        assert mode.calls == {"_allgather_base_": 1}, mode.calls
-        with Counting() as mode:
+        assert mode.calls == {"allgather_": 1}, mode.calls
+        with Collectives() as mode:
             loss.backward()
         assert mode.calls == ({} if frozen else {"allreduce_": 1}), mode.calls
 
 
 @case
 def what_is_sent_does_not_grow_with_the_vocabulary():
-    class Sizes(TorchDispatchMode):
-        most = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "c10d":
-                tensors = [a for a in args if isinstance(a, torch.Tensor)]
-                self.most = max([self.most, *(t.nbytes for t in tensors)])
-            return function(*args, **(kwargs or {}))
-
     rows, part = 16, Part(4000, "equal")
     logits, target = make(rows, 4000, torch.float32)
-    with Sizes() as mode:
+    with Collectives() as mode:
         fastlm.token_logprobs(part.of(logits), target, **RETURNS, **part.options)
-    assert 0 < mode.most <= (16 + 40 * rows) * dist.get_world_size()
+    assert 16 < mode.most_bytes <= 16 + 40 * rows
 
 
 @case
@@ -499,7 +493,6 @@ def errors_are_the_same_on_every_rank():
 
 
 def run_rank(rank, world, folder):
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -525,21 +518,10 @@ def failures(request, tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).resolve().parent.parent
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(root)
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(request.param), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(request.param)
-    ]
-    messages = [process.communicate(timeout=300)[1] for process in ranks]
-    found = [folder / f"{rank}.json" for rank in range(request.param)]
-    codes = [process.returncode for process in ranks]
-    assert not any(codes), "\n".join([str(codes), *messages])
-    return [json.loads(path.read_text()) for path in found]
+    command = [sys.executable, __file__, str(request.param), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -573,5 +555,19 @@ def test_torch_without_distributed(call, monkeypatch):
     call()
 
 
+def run_world(world, folder):
+    import torch._dynamo  # noqa: F401, of which a dispatch mode has need: once, not in each rank
+
+    torch.set_num_threads(1)
+    # nothing has run yet, so no thread is lost by the fork
+    start = multiprocessing.get_context("fork").Process
+    ranks = [start(target=run_rank, args=(rank, world, folder)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return max(abs(process.exitcode) for process in ranks)
+
+
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    sys.exit(run_world(int(sys.argv[1]), sys.argv[2]))

@@ -78,10 +78,10 @@ def _all_gather(shard: Shard, fields: list[Tensor]) -> list[Tensor]:
     """Each field [n] of every rank as [W, n], by one collective; bits are carried, not numbers."""
     packed = torch.cat([field.contiguous().view(torch.int32) for field in fields])
     world = shard.group.size()
-    gathered = packed.new_empty(world * packed.numel())
-    torch.distributed.all_gather_into_tensor(gathered, packed, group=shard.group)
+    gathered = packed.new_empty(world, packed.numel())
+    torch.distributed.all_gather(list(gathered.unbind()), packed, group=shard.group)
     sizes = [field.numel() * field.dtype.itemsize // 4 for field in fields]
-    parts = gathered.view(world, -1).split(sizes, 1)
+    parts = gathered.split(sizes, 1)
     # a clone, because a view in a wider dtype needs aligned memory
     return [
         part.flatten().clone().view(field.dtype).view(world, field.numel())
