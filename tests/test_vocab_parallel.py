@@ -450,6 +450,73 @@ def without_grad_and_with_autocast():
 
 
 @case
+def dtensors():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def spread(value, dim):
+        return distribute_tensor(value, mesh, [Replicate() if dim is None else Shard(dim)])
+
+    def whole(value):
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+    input, weight, bias, target = linear_arguments(torch.float64, 22)  # parts of 6, 6, 6 and 4
+    logits = torch.randn(8, 22, dtype=torch.float64)
+    calls = [
+        (lambda x, t: fastlm.cross_entropy(x, t.flatten()), (logits, target), (1, None)),
+        (fastlm.token_logprobs, (logits.view(2, 4, 22), target), (2, None)),
+        (
+            lambda x, w, b, t: fastlm.linear_cross_entropy(x, w, t, linear_bias=b),
+            (input, weight, bias, target),
+            (None, 0, 0, None),
+        ),
+        (fastlm.linear_token_logprobs, (input, weight, target), (None, 0, None)),
+    ]
+    for call, args, dims in calls:
+        leaves = [a.clone().requires_grad_(a.is_floating_point()) for a in args]
+        parts = [spread(a, dim) for a, dim in zip(args, dims, strict=True)]
+        for part in parts:
+            part.requires_grad_(part.is_floating_point())
+        want, got = call(*leaves), call(*parts)
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, want)
+        want.sum().backward()
+        got.sum().backward()
+        for a, b in zip(parts, leaves, strict=True):
+            if b.grad is not None:
+                torch.testing.assert_close(whole(a.grad), b.grad)
+    for wrong in (spread(logits, None), spread(logits, 0)):
+        with pytest.raises(ValueError, match=r"input must be a DTensor with Shard\(1\)"):
+            fastlm.cross_entropy(wrong, target.flatten())
+    with pytest.raises(ValueError, match="must be None with a DTensor"):
+        fastlm.cross_entropy(spread(logits, 1), target.flatten(), group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="a class for each process at least"):
+        fastlm.cross_entropy(spread(logits[:, :1], 1), target.flatten())
+
+
+@case
+def compiled():
+    if dist.get_world_size() > WORLDS[0]:  # the traced graph is the same, and slow to make
+        return
+    part = Part(24, "equal")
+    input, weight, _, target = linear_arguments(torch.float32, 24)
+    leaves = [input.requires_grad_(), part.of(weight, 0).clone().requires_grad_()]
+
+    def loss(x, w, t):
+        head = fastlm.linear_cross_entropy(x, w, t, label_smoothing=0.1, **part.options)
+        return head + fastlm.token_logprobs(x.detach() @ w.T, t, **part.options).sum()
+
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (loss, run):
+        found = call(*leaves, target)
+        results.append((found, *torch.autograd.grad(found, leaves)))
+    torch.testing.assert_close(*results)
+
+
+@case
 def a_part_of_the_world_as_group():
     members = [0, 1]
     group = dist.new_group(members)
@@ -556,7 +623,9 @@ def test_torch_without_distributed(call, monkeypatch):
 
 
 def run_world(world, folder):
-    import torch._dynamo  # noqa: F401, of which a dispatch mode has need: once, not in each rank
+    # once, and not in each rank
+    import torch._dynamo
+    import torch.distributed.tensor  # noqa: F401
 
     torch.set_num_threads(1)
     # nothing has run yet, so no thread is lost by the fork

@@ -75,6 +75,7 @@ def cross_entropy(
             V is then the size of this process's part in `input`, `weight` and probabilities, and
             class indices are global. Every member calls with the same rows and gets the same
             result; gradients are of its own part. One all-gather of a few numbers per row.
+            A DTensor with Shard on the classes is the same; results are plain tensors.
         vocab_start_index: this part's first class; None: rank * V, for parts of equal size.
         return_aux: names among "lse", "z_loss", "entropy", "argmax", "accuracy".
 
@@ -101,10 +102,13 @@ def cross_entropy(
         ignore_index=ignore_index,
         return_aux=return_aux,
     )
+    class_dim = 1 if isinstance(input, Tensor) and input.dim() > 1 else 0
+    input, group, vocab_start_index, target, weight, token_weight = parallel.unwrapped(
+        _OP, "input", input, class_dim, group, vocab_start_index, target, weight, token_weight
+    )
     checks.floating(_OP, "input", input)
     if input.dim() == 0:
         checks.bad_value(_OP, "input", "[N, V], [V] or [N, V, d1, ...]", "no dimension")
-    class_dim = 0 if input.dim() == 1 else 1
     classes = input.shape[class_dim]
     if classes == 0:
         checks.bad_value(_OP, "input", "of at least one class", list(input.shape))

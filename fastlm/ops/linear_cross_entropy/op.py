@@ -32,7 +32,7 @@ from ..linear_row_statistics import chunks, parallel
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
-from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of
+from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
 from .options import chunk_bytes
 
 _OP = "linear_cross_entropy"
@@ -231,7 +231,8 @@ def linear_cross_entropy(
             the next token. The last `shift` positions of `input` [..., T, H] have no loss.
         group, vocab_start_index: as in `cross_entropy`; V is the part in `linear_weight` and
             `linear_bias` too, `input` is whole. The backward computes the logits again; its one
-            all-reduce is of the gradient of `input`, which comes out whole on every member.
+            all-reduce is of the gradient of `input`, which comes out whole on every member. A
+            DTensor `linear_weight` with Shard(0) is the same.
         Others: see `cross_entropy`.
 
     Returns:
@@ -251,6 +252,11 @@ def linear_cross_entropy(
         ignore_index=-100 if ignore_index is None else ignore_index,
         return_aux=return_aux,
     )
+    linear_weight, group, vocab_start_index, *others = unwrapped(
+        *(_OP, "linear_weight", linear_weight, 0, group, vocab_start_index),
+        *(input, target, linear_bias, weight, token_weight),
+    )
+    input, target, linear_bias, weight, token_weight = others
     checks.tensor(_OP, "linear_weight", linear_weight)
     shard = None
     if group is not None or vocab_start_index is not None:

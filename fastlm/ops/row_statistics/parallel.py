@@ -74,6 +74,38 @@ def shard_of(caller: str, group: Any, vocab_start_index: int | None, classes: in
     return Shard(group, start, classes, caller)
 
 
+def unwrapped(
+    caller: str,
+    what: str,
+    sharded: Any,
+    dim: int,
+    group: Any,
+    vocab_start_index: int | None,
+    *others: Any,
+) -> tuple[Any, ...]:
+    """(sharded, group, vocab_start_index, *others); if `sharded` is a DTensor, local tensors with
+    the group and the start that it stands for."""
+    # by name: most programs never import torch.distributed.tensor
+    if type(sharded).__name__ != "DTensor":
+        return sharded, group, vocab_start_index, *others
+    mesh, placements = sharded.device_mesh, sharded.placements
+    dim %= sharded.dim()
+    if len(placements) != 1 or not placements[0].is_shard(dim):
+        expected = f"a DTensor with Shard({dim}) on a mesh of one dimension"
+        remedy = "call .to_local() and pass group, or .full_tensor()"
+        checks.bad_value(caller, what, expected, placements, remedy)
+    if group is not None or vocab_start_index is not None:
+        got = f"{what} as DTensor with one"
+        checks.bad_value(caller, "group and vocab_start_index", "None with a DTensor", got)
+    classes, ranks = sharded.shape[dim], mesh.size()
+    most = -(-classes // ranks)
+    if most * (ranks - 1) >= classes:
+        got = f"{classes} for {ranks} processes"
+        checks.bad_value(caller, f"{what}.shape[{dim}]", "a class for each process at least", got)
+    local = (value.to_local() if type(value).__name__ == "DTensor" else value for value in others)
+    return sharded.to_local(), mesh.get_group(), mesh.get_local_rank() * most, *local
+
+
 def _all_gather(shard: Shard, fields: list[Tensor]) -> list[Tensor]:
     """Each field [n] of every rank as [W, n], by one collective; bits are carried, not numbers."""
     packed = torch.cat([field.contiguous().view(torch.int32) for field in fields])

@@ -82,7 +82,7 @@ def token_logprobs(
         group: process group (of torch.distributed) whose members hold the vocabulary in parts:
             V is then the size of this process's part, and targets are global. Every member calls
             with the same rows and gets the same result; the gradient is of its own part. One
-            all-gather of a few numbers per row.
+            all-gather of a few numbers per row. A DTensor with Shard(-1) is the same.
         vocab_start_index: this part's first class; None: rank * V, for parts of equal size.
 
     Returns:
@@ -95,6 +95,9 @@ def token_logprobs(
         RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     op = "token_logprobs"
+    logits, group, vocab_start_index, target = parallel.unwrapped(
+        op, "logits", logits, -1, group, vocab_start_index, target
+    )
     checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         checks.bad_value(op, "logits", "[..., V] of at least one class", list(logits.shape))
@@ -150,13 +153,17 @@ def linear_token_logprobs(
         target: [...], any integer dtype, in [0, V) or `ignore_index`.
         linear_bias: [V], dtype of `input`.
         group, vocab_start_index: as in `token_logprobs`; V is the part in `linear_weight` and
-            `linear_bias`, `input` is whole, and so is its gradient, by one all-reduce.
+            `linear_bias`, `input` is whole, and so is its gradient, by one all-reduce. A DTensor
+            `linear_weight` with Shard(0) is the same.
         options: `LinearCrossEntropyOptions` or torch's own class of that name: size of a chunk.
         Others: see `token_logprobs`.
 
     Returns, Raises: as `token_logprobs`.
     """
     op = "linear_token_logprobs"
+    linear_weight, group, vocab_start_index, input, target, linear_bias = parallel.unwrapped(
+        op, "linear_weight", linear_weight, 0, group, vocab_start_index, input, target, linear_bias
+    )
     layer = linear.checked_layer(op, input, linear_weight, linear_bias)
     scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
     shape = list(input.shape[:-1])
