@@ -7,7 +7,7 @@ loss of a row = token_weight * ( on_logprob * log p[target] + on_weighted_sum * 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ..row_statistics import parallel
 from ..row_statistics.op import Statistics, Wanted
+from ..row_statistics.parallel import ParallelStatistics, Shard
 
 REDUCTIONS = ("none", "mean", "sum")
 AUX = ("lse", "z_loss", "entropy", "argmax", "accuracy")
@@ -137,6 +139,7 @@ class Rows(NamedTuple):
     on_lse_square: Tensor | float
     total: Tensor | float  # the mean's denominator
     z_total: Tensor | float
+    best: Tensor | None = None  # the most probable class where class_weight is a part of it
 
 
 def compare_with(
@@ -144,11 +147,13 @@ def compare_with(
     target: Tensor,
     weight: Tensor | None,
     token_weight: Tensor | None,
-    classes: int,
+    classes: int | Tensor,
     soft: bool,
     dtype: torch.dtype,
+    target_weight: Tensor | None = None,
 ) -> Rows:
-    """target: int64 of any shape, or probabilities [N, V]."""
+    """target: int64 of any shape, or probabilities [N, V]. target_weight: [N], that of each row's
+    target where it has been looked up."""
     smoothing = loss.label_smoothing
     weight = None if weight is None else weight.to(dtype)
     per_token = 1.0 if token_weight is None else token_weight.reshape(-1).to(dtype)
@@ -170,9 +175,10 @@ def compare_with(
     count = total = kept.sum().to(dtype) if mean else 1.0
     on_target: Tensor | float = 1.0
     if weight is not None:
-        # clamped: the row op reports an index out of range, with its position
-        index = target.reshape(-1).clamp(0, classes - 1)
-        on_target = torch.where(kept, weight[index], 0.0)
+        if target_weight is None:
+            # clamped: the row op reports an index out of range, with its position
+            target_weight = weight[target.reshape(-1).clamp(0, weight.shape[0] - 1)]
+        on_target = torch.where(kept, target_weight, 0.0)
         total = on_target.sum() if mean else 1.0
     return Rows(
         target=target,
@@ -183,6 +189,34 @@ def compare_with(
         total=total,
         z_total=count,
     )
+
+
+def compare_shards(
+    loss: Loss,
+    shard: Shard,
+    statistics: Callable[[Tensor | None, Tensor | None, Tensor | None], ParallelStatistics],
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    soft: bool,
+    dtype: torch.dtype,
+) -> tuple[Rows, Statistics]:
+    """`compare_with`, and the statistics, where `weight` and probabilities are a shard's.
+
+    statistics: of (target, class_weight, weight to look up at the target)."""
+    if soft:
+        # its one use, the share of a class in the smoothing, comes before the statistics
+        total = parallel.total_classes(shard, target).to(dtype) if loss.label_smoothing > 0 else 1
+        rows = compare_with(loss, target, weight, token_weight, total, soft, dtype)
+        assert rows.class_weight is not None
+        if "accuracy" in loss.aux:
+            rows = rows._replace(best=parallel.argmax(rows.class_weight.detach(), shard))
+        return rows, statistics(None, rows.class_weight, None).statistics
+    constant = None if weight is None else weight.detach().to(dtype)
+    class_weight = constant if loss.label_smoothing > 0 else None
+    found, classes, target_weight = statistics(target, class_weight, constant)
+    rest = (token_weight, classes.to(dtype), soft, dtype, target_weight)
+    return compare_with(loss, target, weight, *rest), found
 
 
 def losses_of_rows(loss: Loss, rows: Rows, found: Statistics) -> Tensor:
@@ -227,7 +261,8 @@ def auxiliary(loss: Loss, rows: Rows, found: Statistics, shape: Sequence[int]) -
 def _accuracy(loss: Loss, rows: Rows, found: Statistics) -> Tensor:
     if rows.target is None:
         assert rows.class_weight is not None
-        return (found.argmax == rows.class_weight.argmax(-1)).to(found.lse.dtype).mean()
+        best = rows.class_weight.argmax(-1) if rows.best is None else rows.best
+        return (found.argmax == best).to(found.lse.dtype).mean()
     target = rows.target.reshape(-1)
     kept = target != loss.ignore_index
     return ((found.argmax == target) & kept).sum().to(found.lse.dtype) / kept.sum()

@@ -7,10 +7,12 @@ operations on one number per row, so every option is differentiable with all oth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ... import checks
+from ..row_statistics import parallel
 from ..row_statistics.op import result_dtype, row_statistics
 from . import loss as losses
 
@@ -45,6 +47,8 @@ def cross_entropy(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
+    group: Any = None,
+    vocab_start_index: int | None = None,
     return_aux: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of logits and class indices or probabilities, without storing the softmax.
@@ -67,6 +71,12 @@ def cross_entropy(
         logit_scale, temperature: logits * logit_scale / temperature, applied second.
         token_weight: shape of the index target, multiplies each row's loss (differentiable); it
             does not enter the denominator of "mean".
+        group: process group (of torch.distributed) whose members hold the vocabulary in parts:
+            V is then the size of this process's part in `input`, `weight` and probabilities, and
+            class indices are global. Every member calls with the same rows and gets the same
+            result; gradients are of its own part. One all-gather of a few numbers per row.
+            A DTensor with Shard on the classes is the same; results are plain tensors.
+        vocab_start_index: this part's first class; None: rank * V, for parts of equal size.
         return_aux: names among "lse", "z_loss", "entropy", "argmax", "accuracy".
 
     Returns:
@@ -79,6 +89,7 @@ def cross_entropy(
     Raises:
         ValueError: a shape or value differs from the above. TypeError: a dtype does.
         IndexError: a class index is out of range (CPU; elsewhere the row's loss is NaN).
+        RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     options = losses.checked(
         _OP,
@@ -91,10 +102,13 @@ def cross_entropy(
         ignore_index=ignore_index,
         return_aux=return_aux,
     )
+    class_dim = 1 if isinstance(input, Tensor) and input.dim() > 1 else 0
+    input, group, vocab_start_index, target, weight, token_weight = parallel.unwrapped(
+        _OP, "input", input, class_dim, group, vocab_start_index, target, weight, token_weight
+    )
     checks.floating(_OP, "input", input)
     if input.dim() == 0:
         checks.bad_value(_OP, "input", "[N, V], [V] or [N, V, d1, ...]", "no dimension")
-    class_dim = 0 if input.dim() == 1 else 1
     classes = input.shape[class_dim]
     if classes == 0:
         checks.bad_value(_OP, "input", "of at least one class", list(input.shape))
@@ -110,17 +124,23 @@ def cross_entropy(
     logits = input.movedim(class_dim, -1).reshape(-1, classes)
     dtype = result_dtype(input)
     target = target.movedim(class_dim, -1).reshape(-1, classes) if soft else target.long()
-    rows = losses.compare_with(options, target, weight, token_weight, classes, soft, dtype)
-    found = row_statistics(
-        logits,
-        rows.target,
-        rows.class_weight,
-        wanted=options.wanted(soft),
-        ignore_index=ignore_index,
-        scale=options.scale,
-        softcap=options.softcap,
-        caller=_OP,
-    )
+    settings: dict[str, Any] = {
+        "wanted": options.wanted(soft),
+        "ignore_index": ignore_index,
+        "scale": options.scale,
+        "softcap": options.softcap,
+    }
+    shard = parallel.shard_of(_OP, group, vocab_start_index, classes)
+    if shard is None:
+        rows = losses.compare_with(options, target, weight, token_weight, classes, soft, dtype)
+        found = row_statistics(logits, rows.target, rows.class_weight, caller=_OP, **settings)
+    else:
+
+        def statistics(*compared: Tensor | None) -> parallel.ParallelStatistics:
+            return parallel.row_statistics(logits, *compared, shard=shard, **settings)
+
+        rest = (target, weight, token_weight, soft, dtype)
+        rows, found = losses.compare_shards(options, shard, statistics, *rest)
     value = losses.reduce(options, rows, found)
     if reduction == "none":
         value = value.view(shape)

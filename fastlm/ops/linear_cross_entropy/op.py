@@ -7,8 +7,9 @@ Two ways, chosen by what the caller asks for:
   weight and bias (6 N H V operations). The backward hands these out, scaled by the upstream
   gradient; it happens once, so they are scaled in place, and a second backward, or a gradient with
   respect to the auxiliary results, computes everything again from the inputs.
-- otherwise ("none", a `token_weight` that needs a gradient): `linear_row_statistics`, whose
-  backward computes the logits again (8 N H V).
+- otherwise ("none", a `token_weight` that needs a gradient, a `group`, whose other members have
+  the rest of each row): `linear_row_statistics`, whose backward computes the logits again
+  (8 N H V).
 
 Saved: the inputs, two numbers per row, and in the first way the gradients.
 
@@ -27,10 +28,11 @@ from ... import checks, library
 from ..cross_entropy import loss as losses
 from ..cross_entropy.loss import Loss, Rows
 from ..cross_entropy.op import cross_entropy
-from ..linear_row_statistics import chunks
+from ..linear_row_statistics import chunks, parallel
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
+from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
 from .options import chunk_bytes
 
 _OP = "linear_cross_entropy"
@@ -204,6 +206,8 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     token_weight: Tensor | None = None,
     shift: int = 0,
+    group: Any = None,
+    vocab_start_index: int | None = None,
     return_aux: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of a linear layer's output, without ever holding its logits.
@@ -225,6 +229,10 @@ def linear_cross_entropy(
         options: `LinearCrossEntropyOptions` or torch's own class of that name: size of a chunk.
         shift: position t is compared with target[..., t + shift] (and token_weight there): 1 for
             the next token. The last `shift` positions of `input` [..., T, H] have no loss.
+        group, vocab_start_index: as in `cross_entropy`; V is the part in `linear_weight` and
+            `linear_bias` too, `input` is whole. The backward computes the logits again; its one
+            all-reduce is of the gradient of `input`, which comes out whole on every member. A
+            DTensor `linear_weight` with Shard(0) is the same.
         Others: see `cross_entropy`.
 
     Returns:
@@ -244,7 +252,16 @@ def linear_cross_entropy(
         ignore_index=-100 if ignore_index is None else ignore_index,
         return_aux=return_aux,
     )
+    linear_weight, group, vocab_start_index, *others = unwrapped(
+        *(_OP, "linear_weight", linear_weight, 0, group, vocab_start_index),
+        *(input, target, linear_bias, weight, token_weight),
+    )
+    input, target, linear_bias, weight, token_weight = others
     checks.tensor(_OP, "linear_weight", linear_weight)
+    shard = None
+    if group is not None or vocab_start_index is not None:
+        shard = shard_of(_OP, group, vocab_start_index, linear_weight.shape[0])
+        _check_sharded(linear_weight, target)
     if linear_weight.dim() > 2:
         _refuse_shift(shift, "0 with linear_weight of more than two dimensions")
         logits = _logits(input, linear_weight, linear_bias)
@@ -257,7 +274,7 @@ def linear_cross_entropy(
             checks.bad_value(_OP, "ignore_index", "None with probabilities", ignore_index)
         # the gradient of probabilities is as large as the logits
         if not (soft and target.requires_grad):
-            return _chunked(layer, target, weight, token_weight, loss, soft, shift, options)
+            return _chunked(layer, target, weight, token_weight, loss, soft, shift, options, shard)
         _refuse_shift(shift, "0 with probabilities that need a gradient")
         logits = torch.nn.functional.linear(*layer).flatten(0, -2)
         target = target.flatten(0, -2)
@@ -275,6 +292,15 @@ def linear_cross_entropy(
         token_weight=token_weight,
         return_aux=return_aux,
     )
+
+
+def _check_sharded(linear_weight: Tensor, target: Tensor) -> None:
+    """The two calls that hold logits."""
+    if linear_weight.dim() != 2:
+        checks.bad_value(_OP, "linear_weight", "[V, H] with group", list(linear_weight.shape))
+    if isinstance(target, Tensor) and target.requires_grad:
+        expected, got = "without gradient with group", "a tensor with requires_grad"
+        checks.bad_value(_OP, "target", expected, got, "call cross_entropy with the logits")
 
 
 def _refuse_shift(shift: int, expected: str) -> None:
@@ -303,6 +329,7 @@ def _chunked(
     soft: bool,
     shift: int,
     options: Any,
+    shard: Shard | None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     input, linear_weight, _ = layer
     classes = linear_weight.shape[0]
@@ -319,19 +346,34 @@ def _chunked(
     layer = layer._replace(input=input.reshape(-1, input.shape[-1]))
     target = target.reshape(-1, classes) if soft else target.long()
     dtype = result_dtype(input)
-    rows = losses.compare_with(loss, target, weight, token_weight, classes, soft, dtype)
     wanted, max_bytes = loss.wanted(soft), chunk_bytes(_OP, options, layer.input, linear_weight)
+    compared = (loss.ignore_index, loss.scale, loss.softcap)
     late = token_weight is not None and token_weight.requires_grad
-    if loss.reduction != "none" and not late:
-        value, found = _known_rows(layer, loss, rows, wanted, max_bytes)
-    else:
-        compared = (rows.target, rows.class_weight, loss.ignore_index, loss.scale, loss.softcap)
-        found = linear.linear_row_statistics(
-            layer, Compared(*compared), wanted=wanted, max_bytes=max_bytes, caller=_OP
-        )
+    if shard is not None:
+
+        def statistics(
+            target: Tensor | None, class_weight: Tensor | None, weight: Tensor | None
+        ) -> ParallelStatistics:
+            what = Compared(target, class_weight, *compared)
+            return parallel.linear_row_statistics(
+                layer, what, weight, shard=shard, wanted=wanted, max_bytes=max_bytes
+            )
+
+        rest = (target, weight, token_weight, soft, dtype)
+        rows, found = losses.compare_shards(loss, shard, statistics, *rest)
         value = losses.reduce(loss, rows, found)
-        if loss.reduction == "none":
-            value = value.view(shape)
+    else:
+        rows = losses.compare_with(loss, target, weight, token_weight, classes, soft, dtype)
+        if loss.reduction != "none" and not late:
+            value, found = _known_rows(layer, loss, rows, wanted, max_bytes)
+        else:
+            what = Compared(rows.target, rows.class_weight, *compared)
+            found = linear.linear_row_statistics(
+                layer, what, wanted=wanted, max_bytes=max_bytes, caller=_OP
+            )
+            value = losses.reduce(loss, rows, found)
+    if loss.reduction == "none":
+        value = value.view(shape)
     if not loss.aux:
         return value
     return value, losses.auxiliary(loss, rows, found, shape)

@@ -274,6 +274,25 @@ def upstream_of(douts: Sequence[Tensor | None], has_target: bool, wanted: Wanted
     return Upstream(*(d if use else None for d, use in zip(douts, used, strict=False)))
 
 
+def class_weight_gradient(
+    on_weighted_sum: Tensor,
+    logits: Tensor,
+    target: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """[N, V], of weights that differ from row to row."""
+    z, _ = reference.scores(logits, scale, softcap)
+    log_p = (z - row_max[:, None]) - log_sum[:, None]
+    dweight = on_weighted_sum[:, None] * log_p
+    if target is None:
+        return dweight
+    return dweight.masked_fill((target.reshape(-1) == ignore_index)[:, None], 0.0)
+
+
 class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -308,13 +327,9 @@ class _RowStatistics(torch.autograd.Function):
                 *saved, *coefficients(upstream, entropy, sum_sq, mass), *ctx.options
             )
         if ctx.needs_input_grad[2] and upstream.weighted_sum is not None:
-            ignore_index, scale, softcap = ctx.options
-            z, _ = reference.scores(logits, scale, softcap)
-            log_p = (z - row_max[:, None]) - log_sum[:, None]
-            dweight = upstream.weighted_sum[:, None] * log_p
-            if target is not None:
-                ignored = (target.reshape(-1) == ignore_index)[:, None]
-                dweight = dweight.masked_fill(ignored, 0.0)
+            dweight = class_weight_gradient(
+                upstream.weighted_sum, logits, target, row_max, log_sum, *ctx.options
+            )
         return dlogits, None, dweight, *(None,) * 8
 
 

@@ -15,7 +15,9 @@ from ... import checks
 from ..cross_entropy.loss import scores
 from ..linear_cross_entropy.options import chunk_bytes
 from ..linear_row_statistics import op as linear
+from ..linear_row_statistics import parallel as linear_parallel
 from ..linear_row_statistics.chunks import Compared
+from ..row_statistics import parallel
 from ..row_statistics.op import Statistics, Wanted, row_statistics
 
 
@@ -62,6 +64,8 @@ def token_logprobs(
     return_lse: bool = False,
     return_argmax: bool = False,
     return_sum_sq: bool = False,
+    group: Any = None,
+    vocab_start_index: int | None = None,
 ) -> Tensor | TokenLogprobs:
     """Log-probability of each target token, without storing the softmax.
 
@@ -75,6 +79,11 @@ def token_logprobs(
         temperature, logit_scale: logits * logit_scale / temperature, applied second.
         logit_softcapping: cap in logits = cap * tanh(logits / cap), applied first.
         return_entropy, return_lse, return_argmax, return_sum_sq: see `TokenLogprobs`.
+        group: process group (of torch.distributed) whose members hold the vocabulary in parts:
+            V is then the size of this process's part, and targets are global. Every member calls
+            with the same rows and gets the same result; the gradient is of its own part. One
+            all-gather of a few numbers per row. A DTensor with Shard(-1) is the same.
+        vocab_start_index: this part's first class; None: rank * V, for parts of equal size.
 
     Returns:
         [...], float32 (float64 for float64 logits), in nats; a `TokenLogprobs` when any `return_*`
@@ -83,24 +92,32 @@ def token_logprobs(
     Raises:
         ValueError: a shape or value differs from the above. TypeError: a dtype does.
         IndexError: a target is out of range (CPU; elsewhere the row is NaN).
+        RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     op = "token_logprobs"
+    logits, group, vocab_start_index, target = parallel.unwrapped(
+        op, "logits", logits, -1, group, vocab_start_index, target
+    )
     checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         checks.bad_value(op, "logits", "[..., V] of at least one class", list(logits.shape))
     scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
     shape = list(logits.shape[:-1])
     _check_target(op, target, shape, logits)
-    found = row_statistics(
-        logits.reshape(-1, logits.shape[-1]),
-        target.long(),
-        None,
-        wanted=Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax),
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        caller=op,
-    )
+    rows = logits.reshape(-1, logits.shape[-1])
+    settings: dict[str, Any] = {
+        "wanted": Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax),
+        "ignore_index": ignore_index,
+        "scale": scale,
+        "softcap": softcap,
+    }
+    shard = parallel.shard_of(op, group, vocab_start_index, logits.shape[-1])
+    if shard is None:
+        found = row_statistics(rows, target.long(), None, caller=op, **settings)
+    else:
+        found, _, _ = parallel.row_statistics(
+            rows, target.long(), None, None, shard=shard, **settings
+        )
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
 
@@ -118,6 +135,8 @@ def linear_token_logprobs(
     return_lse: bool = False,
     return_argmax: bool = False,
     return_sum_sq: bool = False,
+    group: Any = None,
+    vocab_start_index: int | None = None,
     options: Any = None,
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of a linear layer's output, without ever holding its logits.
@@ -133,24 +152,35 @@ def linear_token_logprobs(
         linear_weight: [V, H], dtype of `input`.
         target: [...], any integer dtype, in [0, V) or `ignore_index`.
         linear_bias: [V], dtype of `input`.
+        group, vocab_start_index: as in `token_logprobs`; V is the part in `linear_weight` and
+            `linear_bias`, `input` is whole, and so is its gradient, by one all-reduce. A DTensor
+            `linear_weight` with Shard(0) is the same.
         options: `LinearCrossEntropyOptions` or torch's own class of that name: size of a chunk.
         Others: see `token_logprobs`.
 
     Returns, Raises: as `token_logprobs`.
     """
     op = "linear_token_logprobs"
+    linear_weight, group, vocab_start_index, input, target, linear_bias = parallel.unwrapped(
+        op, "linear_weight", linear_weight, 0, group, vocab_start_index, input, target, linear_bias
+    )
     layer = linear.checked_layer(op, input, linear_weight, linear_bias)
     scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
     shape = list(input.shape[:-1])
     _check_target(op, target, shape, input)
     rows = layer._replace(input=layer.input.reshape(-1, input.shape[-1]))
-    found = linear.linear_row_statistics(
-        rows,
-        Compared(target.long(), None, ignore_index, scale, softcap),
-        wanted=Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax),
-        max_bytes=chunk_bytes(op, options, rows.input, linear_weight),
-        caller=op,
-    )
+    compared = Compared(target.long(), None, ignore_index, scale, softcap)
+    wanted = Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax)
+    max_bytes = chunk_bytes(op, options, rows.input, linear_weight)
+    shard = parallel.shard_of(op, group, vocab_start_index, linear_weight.shape[0])
+    if shard is None:
+        found = linear.linear_row_statistics(
+            rows, compared, wanted=wanted, max_bytes=max_bytes, caller=op
+        )
+    else:
+        found, _, _ = linear_parallel.linear_row_statistics(
+            rows, compared, None, shard=shard, wanted=wanted, max_bytes=max_bytes
+        )
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
 
