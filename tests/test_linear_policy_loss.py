@@ -28,7 +28,7 @@ def backend(request):
 
 def small():
     """Chunks of four rows."""
-    return fastlm.LinearCrossEntropyOptions(max_memory_bytes=4 * (V + H) * 8)
+    return fastlm.LinearCrossEntropyOptions(batch_chunk_size=4)
 
 
 def layer(dtype=torch.float64) -> list[Tensor]:

@@ -6,7 +6,8 @@ losses and at once their share of the gradients of input, weight and bias: 6 N H
 where `policy_loss(linear_token_logprobs(...))`, which computes the logits again, takes 8. With a
 frozen head (no gradient of weight and bias) it is 4. On a CPU rows outside the mask are left out
 of every product, and rows whose gradient is zero (clipped, or without advantage) out of those of
-the gradient. gspo needs the whole sequence before any token's loss: it is that composition.
+the gradient. gspo needs the whole sequence before any token's loss, and
+`grad_accum_into` must not be written to before the backward: they are that composition.
 
 Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the gradients, which
 the backward hands out once, scaled by the upstream gradient; a second backward computes them
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from ... import checks, dispatch, library
 from ..cross_entropy.loss import scores
-from ..linear_cross_entropy.options import chunk_bytes
-from ..linear_row_statistics import chunks
+from ..linear_cross_entropy.options import accumulator, chunk_bytes
 from ..linear_row_statistics import op as linear
+from ..linear_row_statistics import schedule
 from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
 from ..policy_loss import op as policy
 from ..row_statistics.op import Upstream, Wanted, result_dtype
@@ -71,8 +72,8 @@ def _run(kernels: RowKernels, *args: Any, row_loss: RowLoss | None = None) -> tu
     wanted = Wanted(entropy=row_loss is not None or terms.entropy_coef != 0)
     out = linear.empty_statistics(layer.input, compared.target, wanted)
     rows = RowLosses(terms, layer.input, row_loss, needs)
-    chunk = linear.rows_per_chunk(layer, args[19])
-    found = chunks.forward(kernels, layer, compared, wanted, chunk, out, rows.upstream, needs)
+    chunk = linear.chunk_of(layer, args[19])
+    found = schedule.forward(kernels, layer, compared, wanted, chunk, out, rows.upstream, needs)
     return rows.losses, out[2], out[6], out[7], rows.on_logprob, rows.on_entropy, *found
 
 
@@ -216,7 +217,10 @@ def linear_policy_loss(
     keep = policy.kept(target, mask, "target", OP) & (target != ignore_index)
     target = torch.where(keep, target, ignore_index)
     call = (layer, target, ignore_index, scale, softcap, options)
-    if loss_type == "gspo":
+    into = accumulator(OP, options, input, linear_weight)
+    if into is not None and row_loss is not None:
+        checks.bad_value(OP, "options.grad_accum_into", "None with row_loss", "a tensor")
+    if loss_type == "gspo" or into is not None:
         return _composition(*call, advantages, keep, chosen)
     return _in_chunks(*call, advantages, keep, chosen, row_loss)
 
