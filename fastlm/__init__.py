@@ -8,6 +8,7 @@ from .ops.cross_entropy.op import cross_entropy
 from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
+from .ops.linear_policy_loss.op import linear_policy_loss
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
 from .ops.sampling.op import sample
@@ -37,6 +38,7 @@ __all__ = [
     "kl_estimate",
     "leave_one_out_advantages",
     "linear_cross_entropy",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "nn",
     "policy_loss",

@@ -7,9 +7,9 @@ Two ways, chosen by what the caller asks for:
   weight and bias (6 N H V operations). The backward hands these out, scaled by the upstream
   gradient; it happens once, so they are scaled in place, and a second backward, or a gradient with
   respect to the auxiliary results, computes everything again from the inputs.
-- otherwise ("none", a `token_weight` that needs a gradient, a `group`, whose other members have
-  the rest of each row): `linear_row_statistics`, whose backward computes the logits again
-  (8 N H V).
+- otherwise ("none", a `token_weight` that needs a gradient, `grad_accum_into`, which must not be
+  written to before the backward, a `group`, whose other members have the rest of each row):
+  `linear_row_statistics`, whose backward computes the logits again (8 N H V).
 
 Saved: the inputs, two numbers per row, and in the first way the gradients.
 
@@ -28,12 +28,12 @@ from ... import checks, library
 from ..cross_entropy import loss as losses
 from ..cross_entropy.loss import Loss, Rows
 from ..cross_entropy.op import cross_entropy
-from ..linear_row_statistics import chunks, parallel
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
+from ..linear_row_statistics import parallel, schedule
+from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, Span
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
 from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
-from .options import chunk_bytes
+from .options import accumulator, chunk_bytes
 
 _OP = "linear_cross_entropy"
 
@@ -58,22 +58,17 @@ def _run(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     wanted, per_row, needs = Wanted(*args[8:12]), args[14:17], Needs(*args[17:20])
     out = linear.empty_statistics(layer.input, compared.target, wanted)
-    chunk = linear.rows_per_chunk(layer, args[12])
-    found = chunks.forward(kernels, layer, compared, wanted, chunk, out, per_row, needs)
+    chunk = linear.chunk_of(layer, args[12])
+
+    def upstream(span: Span, found: tuple[Tensor, ...]) -> Upstream:
+        here = [None if p is None else p[span] for p in per_row]
+        return _upstream(None, None, found[1], here)
+
+    found = schedule.forward(kernels, layer, compared, wanted, chunk, out, upstream, needs)
     return *out, *found
 
 
 linear.register(_OP, _run)
-
-
-def _scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, which are ours alone, times dloss."""
-    # reading dloss on a GPU would wait for it
-    if dloss.device.type != "cpu" or float(dloss) != 1.0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(dloss)
-    return tuple(gradients)
 
 
 class _KnownRows(torch.autograd.Function):
@@ -124,23 +119,21 @@ class _KnownRows(torch.autograd.Function):
                 return *(None if g is None else g * dloss for g in traced), *nothing
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is not None:
-                return *_scaled(gradients, dloss), *nothing
-        upstream = _upstream(dloss, dlse, dentropy, lse, per_row)
+                return *linear.scaled(gradients, dloss), *nothing
+        per_row = [None if p is None or dloss is None else p * dloss for p in per_row]
+        upstream = _upstream(dlse, dentropy, lse, per_row)
         statistics = ctx.saved_tensors[12:]
         found = linear.gradients(layer, compared, statistics, upstream, ctx.needs, ctx.max_bytes)
         return *found, *nothing
 
 
 def _upstream(
-    dloss: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
     lse: Tensor,
     per_row: Sequence[Tensor | None],
 ) -> Upstream:
-    if dloss is None:
-        return Upstream(lse=dlse, entropy=dentropy)
-    on_logprob, on_weighted_sum, on_lse_square = (None if p is None else p * dloss for p in per_row)
+    on_logprob, on_weighted_sum, on_lse_square = per_row
     if on_lse_square is not None:
         on_lse = 2 * on_lse_square * lse
         dlse = on_lse if dlse is None else dlse + on_lse
@@ -349,7 +342,10 @@ def _chunked(
     wanted, max_bytes = loss.wanted(soft), chunk_bytes(_OP, options, layer.input, linear_weight)
     compared = (loss.ignore_index, loss.scale, loss.softcap)
     late = token_weight is not None and token_weight.requires_grad
+    into = accumulator(_OP, options, layer.input, linear_weight)
     if shard is not None:
+        if into is not None:
+            checks.bad_value(_OP, "options.grad_accum_into", "None with a group", "a tensor")
 
         def statistics(
             target: Tensor | None, class_weight: Tensor | None, weight: Tensor | None
@@ -364,12 +360,12 @@ def _chunked(
         value = losses.reduce(loss, rows, found)
     else:
         rows = losses.compare_with(loss, target, weight, token_weight, classes, soft, dtype)
-        if loss.reduction != "none" and not late:
+        if loss.reduction != "none" and not late and into is None:
             value, found = _known_rows(layer, loss, rows, wanted, max_bytes)
         else:
             what = Compared(rows.target, rows.class_weight, *compared)
             found = linear.linear_row_statistics(
-                layer, what, wanted=wanted, max_bytes=max_bytes, caller=_OP
+                layer, what, wanted=wanted, max_bytes=max_bytes, caller=_OP, into=into
             )
             value = losses.reduce(loss, rows, found)
     if loss.reduction == "none":

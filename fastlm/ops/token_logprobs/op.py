@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import checks
 from ..cross_entropy.loss import scores
-from ..linear_cross_entropy.options import chunk_bytes
+from ..linear_cross_entropy.options import accumulator, chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics import parallel as linear_parallel
 from ..linear_row_statistics.chunks import Compared
@@ -172,12 +172,15 @@ def linear_token_logprobs(
     compared = Compared(target.long(), None, ignore_index, scale, softcap)
     wanted = Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax)
     max_bytes = chunk_bytes(op, options, rows.input, linear_weight)
+    into = accumulator(op, options, rows.input, linear_weight)
     shard = parallel.shard_of(op, group, vocab_start_index, linear_weight.shape[0])
     if shard is None:
         found = linear.linear_row_statistics(
-            rows, compared, wanted=wanted, max_bytes=max_bytes, caller=op
+            rows, compared, wanted=wanted, max_bytes=max_bytes, caller=op, into=into
         )
     else:
+        if into is not None:
+            checks.bad_value(op, "options.grad_accum_into", "None with a group", "a tensor")
         found, _, _ = linear_parallel.linear_row_statistics(
             rows, compared, None, shard=shard, wanted=wanted, max_bytes=max_bytes
         )
