@@ -11,8 +11,9 @@ Memory beyond inputs and gradients: one chunk of logits (`max_bytes`); for half-
 also one chunk of the input and a slice of the weight in float32, and the float32 sum of the
 weight's gradient.
 
-Backends: both run the loop of `chunks.py`. cpu takes float32, bfloat16 and float16 (the logits are
-float32) and runs the compiled row kernels; reference runs those of plain PyTorch, any float dtype.
+Backends: all run the loop of `chunks.py`. cpu and triton take float32, bfloat16 and float16 (the
+logits are float32) and run the compiled or Triton's row kernels; reference runs those of plain
+PyTorch, any float dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, extension, library
+from ... import checks, dispatch, extension, library, triton_backend
 from ..row_statistics import op as rows_op
 from ..row_statistics import reference as rows_reference
 from ..row_statistics.op import (
@@ -113,12 +114,17 @@ def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     return chunks.backward(kernels, layer, compared, row_max, log_sum, factors, chunk, needs)
 
 
-def _compiled_backward(
-    logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
+def _in_place_backward(
+    backward_into: Callable[..., None],
+    logits: Tensor,
+    compared: Compared,
+    row_max: Tensor,
+    log_sum: Tensor,
+    factors: Any,
 ) -> Tensor:
     target, class_weight, ignore_index, scale, softcap = compared
     rows = (logits, target, class_weight, row_max, log_sum)
-    rows_op.cpu_backward_into(logits, *rows, factors, ignore_index, scale, softcap)
+    backward_into(logits, *rows, factors, ignore_index, scale, softcap)
     return logits
 
 
@@ -130,13 +136,18 @@ def _plain_backward(
     return rows_reference.backward(*arguments)
 
 
-def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
+def _kernels_refuse(input: Tensor, **_: Any) -> str | None:
     if input.dtype == torch.float64:
         return "takes float32, bfloat16 and float16, not float64"
     return None
 
 
-_COMPILED = RowKernels(rows_op.cpu_forward, _compiled_backward)
+_TRITON = RowKernels(
+    rows_op.triton_forward, functools.partial(_in_place_backward, rows_op.triton_backward_into)
+)
+_COMPILED = RowKernels(
+    rows_op.cpu_forward, functools.partial(_in_place_backward, rows_op.cpu_backward_into)
+)
 _PLAIN = RowKernels(rows_reference.forward, _plain_backward)
 
 
@@ -148,12 +159,22 @@ def register(
     """Register the chunk loops of one op, which take the row kernels as first argument."""
     dispatch.register(
         op,
+        "triton",
+        functools.partial(forward, _TRITON),
+        backward and functools.partial(backward, _TRITON),
+        devices=triton_backend.devices,
+        unavailable=triton_backend.unavailable,
+        refuses=_kernels_refuse,
+        proven=False,
+    )
+    dispatch.register(
+        op,
         "cpu",
         functools.partial(forward, _COMPILED),
         backward and functools.partial(backward, _COMPILED),
         devices=("cpu",),
         unavailable=extension.unavailable,
-        refuses=_cpu_refuses,
+        refuses=_kernels_refuse,
     )
     dispatch.register(
         op,

@@ -1,0 +1,44 @@
+"""Triton kernels on the CPU: the ops' tests in a process of its own under Triton's interpreter.
+
+Triton decides at its first import whether kernels are interpreted, so this process cannot do it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+no_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+
+# the triton parameter of what every backend passes, and what is Triton's own
+FILES = ("test_row_statistics.py", "interpreted/row_statistics.py", "interpreted/interpreter.py")
+SELECT = "triton or target_outside or interpreted"
+
+
+@no_triton
+def test_under_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {k: v for k, v in os.environ.items() if k != "FASTLM_BACKEND"}
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), kept.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "-k", SELECT]
+        # numpy warns of the NaN that kernels mask, where a GPU says nothing
+        + ["-W", "ignore::RuntimeWarning:triton", *(str(TESTS / name) for name in FILES)],
+        cwd=TESTS.parent,
+        env={**kept, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and "skipped" not in result.stdout.splitlines()[-1]
+    with capsys.disabled():
+        print(f" [{passed[1]} tests ran under the interpreter]", end="", flush=True)
