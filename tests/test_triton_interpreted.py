@@ -19,9 +19,19 @@ no_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 
-# the triton parameter of what every backend passes, and what is Triton's own
-FILES = ("test_row_statistics.py", "interpreted/row_statistics.py", "interpreted/interpreter.py")
-SELECT = "triton or target_outside or interpreted"
+# of what every backend passes, the triton parameter; then what is Triton's own
+TESTS_TO_RUN = (
+    "test_row_statistics.py",
+    "test_cross_entropy.py::test_confident_targets",
+    "test_cross_entropy.py::test_auxiliary_results",
+    "test_token_logprobs.py::test_what_is_returned",
+    "test_token_logprobs.py::test_linear_chunks_do_not_change_the_results",
+    "test_linear_cross_entropy.py::test_any_forward_with_any_backward",
+    "test_linear_cross_entropy.py::test_every_element_is_written",
+    "test_triton_row_statistics.py",
+    "test_triton_interpreter.py",
+)
+SELECT = "triton or target_outside"
 
 
 @no_triton
@@ -31,7 +41,7 @@ def test_under_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "-k", SELECT]
         # numpy warns of the NaN that kernels mask, where a GPU says nothing
-        + ["-W", "ignore::RuntimeWarning:triton", *(str(TESTS / name) for name in FILES)],
+        + ["-W", "ignore::RuntimeWarning:triton", *(str(TESTS / name) for name in TESTS_TO_RUN)],
         cwd=TESTS.parent,
         env={**kept, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -135,8 +135,14 @@ def forward_kernel(
             best_column = tl.where(better, column, best_column)
         top = new_top
 
-    sum_e = tl.sum(total, 0)
-    log_total = tl.log(sum_e)
+    # one lane holds the 1 of the largest score: apart from it the rest keeps its digits, and with
+    # them log_sum where p is close to 1
+    most = tl.max(total, 0)
+    one_lane = lanes == tl.min(tl.where(total == most, lanes, BLOCK), 0)
+    others = tl.sum(tl.where(one_lane, total - 1.0, total), 0)
+    sum_e = 1.0 + others
+    lost = others - (sum_e - 1.0)
+    log_total = tl.log(sum_e) + tl.where(sum_e > 0, lost / sum_e, 0.0)
     tl.store(row_max + row, tl.where(kept, top, 0.0))
     tl.store(log_sum + row, tl.where(kept, log_total, 0.0))
     tl.store(lse + row, tl.where(kept, top + log_total, 0.0))

@@ -1,10 +1,17 @@
-"""The mended interpreter computes what a GPU would."""
+"""The mended interpreter computes what a GPU would; test_triton_interpreted.py runs this file."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-import triton
-import triton.language as tl
+
+from fastlm import triton_backend
+
+if triton_backend.unavailable or not triton_backend.interpreted:
+    pytest.skip("not under Triton's interpreter", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 
 @triton.jit

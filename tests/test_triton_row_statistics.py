@@ -1,7 +1,11 @@
-"""Row statistics in Triton's interpreter: what the tests of all backends do not ask."""
+"""Row statistics in Triton: what the tests of all backends do not ask.
+
+On a GPU where there is one, else in Triton's interpreter, which test_triton_interpreted.py starts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,16 +14,38 @@ from torch import Tensor
 
 import fastlm
 from fastlm import dispatch
-from fastlm.ops.row_statistics import op, reference, triton_kernels
+from fastlm.ops.row_statistics import op, reference
 from fastlm.testing import check
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if "triton" not in dispatch.ready("row_statistics", DEVICE):
+    why = fastlm.backends()["row_statistics"]["triton"]
+    pytest.skip(f"{why}; test_triton_interpreted.py runs this file", allow_module_level=True)
+
+from fastlm.ops.row_statistics import triton_kernels  # noqa: E402
+
+pytestmark = pytest.mark.gpu
 ALL = op.Wanted(entropy=True, sum_sq=True, weighted_sum=True, argmax=True)
+MANY = 70000 if DEVICE == "cuda" else 7  # a program takes milliseconds in the interpreter
 backward = dispatch._OPS["row_statistics"]["triton"].backward
+assert backward is not None
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
+
+
+def close(got: Tensor, want: Tensor, what: str = "") -> None:
+    message = (lambda text: f"{what}: {text}") if what else None
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True, msg=message)
 
 
 def forward_both(
     logits: Tensor, target: Tensor | None, weight: Tensor | None, *options: Any
-) -> Any:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs of Triton and of the reference."""
     args = (logits, target, weight, -100, *options, *ALL, "")
     return op.triton_forward(*args), reference.forward(*args)
 
@@ -48,10 +74,71 @@ def test_what_is_not_finite_is_as_in_the_reference(scale: float, softcap: float)
         for index, (a, b) in enumerate(zip(got, want, strict=True)):
             if index == 6:  # row_max of a NaN row serves no purpose
                 a, b = a.where(~b.isnan(), 0), b.where(~b.isnan(), 0)
-            torch.testing.assert_close(a, b, equal_nan=True, msg=f"output {index}")
+            close(a, b, f"output {index}")
         factors = [torch.randn(13) for _ in range(5)]
         saved = (logits, target, weight, want[6], want[7], *factors, -100, scale, softcap)
-        torch.testing.assert_close(backward(*saved), reference.backward(*saved), equal_nan=True)
+        close(backward(*saved), reference.backward(*saved))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, classes", [(3, 33), (2, 4097), (1, 50257)])
+def test_statistics_and_gradients(dtype: torch.dtype, rows: int, classes: int) -> None:
+    logits = (torch.randn(rows, classes) * 3).to(dtype)
+    target = torch.randint(0, classes, (rows,))
+
+    def ours(logits: Tensor) -> list[Tensor]:
+        return list(op.row_statistics(logits, target, None, wanted=ALL)[:5])
+
+    def plain(logits: Tensor) -> list[Tensor]:
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_p = z.log_softmax(-1)
+        p = log_p.exp()
+        picked = log_p.gather(-1, target[:, None])[:, 0]
+        return [picked, z.logsumexp(-1), -(p * log_p).sum(-1), p.square().sum(-1), log_p.sum(-1)]
+
+    # check draws on the CPU
+    with fastlm.use_backend("triton"), torch.device("cpu"):
+        check(ours, plain, (logits,))
+
+
+def test_many_rows_with_one_out_of_range_and_no_wait_for_the_device() -> None:
+    logits, target = torch.randn(MANY, 3), torch.randint(0, 3, (MANY,))
+    target[1], target[MANY - 2] = 3, -100
+    leaf = logits.clone().requires_grad_()
+    call = _call_without_waiting if DEVICE == "cuda" else _direct_call
+    got, dlogits = call(leaf, target)
+    want, _ = forward_both(logits, target, None, 1.0, 0.0)
+    assert got[1].isnan() and got[MANY - 2] == 0 and int(got.isnan().sum()) == 1
+    assert dlogits[1].isnan().all() and int(dlogits.isnan().sum()) == 3
+    kept = torch.arange(MANY) != 1
+    z = logits.log_softmax(-1).gather(-1, target.clamp(0, 2)[:, None])[:, 0]
+    close(got[kept], z.where(target >= 0, 0)[kept])
+    close(want[0][kept], got[kept])
+    onehot = torch.nn.functional.one_hot(target.clamp(0, 2), 3)
+    each = (onehot - logits.softmax(-1)) * (target >= 0)[:, None]
+    close(dlogits[kept], each[kept])
+
+
+def _direct_call(leaf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Beneath the op, which would raise on the CPU."""
+    found, _ = forward_both(leaf.detach(), target, None, 1.0, 0.0)
+    ones = torch.ones(len(leaf))
+    options = (-ones, None, None, None, ones, -100, 1.0, 0.0)
+    assert backward is not None
+    return found[0], backward(leaf.detach(), target, None, found[6], found[7], *options)
+
+
+def _call_without_waiting(leaf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Through the op; a wait for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with fastlm.use_backend("triton"):
+            found = op.row_statistics(leaf, target, None, wanted=op.Wanted())
+            (dlogits,) = torch.autograd.grad(found.logprob.sum(), leaf)
+        return found.logprob.detach(), dlogits
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +157,8 @@ def test_softcap_near_and_far_from_its_cap(dtype: torch.dtype) -> None:
         lse = z.to(log_p.dtype).logsumexp(-1)
         return [picked, lse, -(p * log_p).sum(-1), p.square().sum(-1)]
 
-    with fastlm.use_backend("triton"):
+    # check draws on the CPU
+    with fastlm.use_backend("triton"), torch.device("cpu"):
         check(ours, plain, (logits,))
 
 
@@ -88,11 +176,11 @@ def test_weights_of_any_layout(wide: bool) -> None:
     kinds = [weights] + ([weights[:1].expand(3, -1), weights.t().contiguous().t()] if wide else [])
     for weight in kinds:
         got, want = forward_both(logits, target, weight, 1.0, 0.0)
-        torch.testing.assert_close(got[4], want[4])
-        torch.testing.assert_close(got[8], want[8])
+        close(got[4], want[4])
+        close(got[8], want[8])
         saved = (logits, target, weight, want[6], want[7], None, None, None, torch.randn(3), None)
         options = (-100, 1.0, 0.0)
-        torch.testing.assert_close(backward(*saved, *options), reference.backward(*saved, *options))
+        close(backward(*saved, *options), reference.backward(*saved, *options))
 
 
 def test_a_broadcast_view_is_not_copied() -> None:
@@ -100,7 +188,7 @@ def test_a_broadcast_view_is_not_copied() -> None:
     for logits in (row.expand(1 << 20, -1)[:3], torch.ones(1, 1).expand(3, 1 << 12)):
         got, want = forward_both(logits, None, None, 1.0, 0.0)
         for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
+            close(a, b)
 
 
 def test_a_row_gives_the_same_bits_alone_and_again() -> None:
