@@ -18,12 +18,11 @@ dlogits. Saved: the logits, max and log sum exp(z - max) of each row (two number
 loses log p to rounding when |z| is large), never probabilities.
 
 A row whose target is `ignore_index` is not read: statistics 0, argmax -1, gradient 0. A target out
-of range raises IndexError on the CPU and gives NaN in its row elsewhere. NaN and infinite logits
-give what `log_softmax` gives.
+of range raises IndexError on the CPU; elsewhere its log-prob is NaN, and the row's gradient through
+it. NaN and infinite logits give what `log_softmax` gives.
 
-Backends: triton takes float32, bfloat16 and float16, cpu float32 and bfloat16; any strides of the
-logits; reference takes everything.
-Results are float32, for float64 logits float64.
+Backends: triton takes float32, bfloat16 and float16, cpu float32 and bfloat16, reference every
+float dtype; any strides of the logits. Results are float32, for float64 logits float64.
 
 Source: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), by blocks.
 """
