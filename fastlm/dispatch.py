@@ -206,9 +206,10 @@ def backends() -> Report:
     )
 
 
-def ready(op: str) -> list[str]:
-    """The backends of an op that can run in this process, the unproven ones included."""
-    return [b for b in BACKENDS if (i := _OPS[op].get(b)) is not None and not i.unavailable]
+def ready(op: str, device: str = "cpu") -> list[str]:
+    """The backends of an op that can run on a device here, the unproven ones included."""
+    impls = ((b, _OPS[op].get(b)) for b in BACKENDS)
+    return [b for b, i in impls if i and not i.unavailable and device in i.devices]
 
 
 @contextlib.contextmanager

@@ -180,13 +180,14 @@ def test_decoder_is_the_forward(device: str) -> None:
 
 @pytest.mark.gpu
 @no_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPS)
-def test_forced_gpu_backends_agree_too(name: str) -> None:
+def test_forced_gpu_backends_agree_too(name: str, dtype: torch.dtype) -> None:
     """Kernels that are not yet the default run here, so that a GPU run can prove them."""
     present(name)
     op = OPS[name]
     torch.manual_seed(1)
-    args = arguments(op, torch.float32, "cuda")
+    args = arguments(op, dtype, "cuda")
     ran = 0
     for backend in ("cuda", "triton"):
         try:

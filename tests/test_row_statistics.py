@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import fastlm
+from fastlm import dispatch
 from fastlm.dispatch import ready
 from fastlm.ops.row_statistics import op, reference
 from fastlm.testing import FLOATS, LAYOUTS, check, strided
 
 BACKENDS = ready("row_statistics")
+REFUSED = {"cpu": (torch.float64, torch.float16), "triton": (torch.float64,)}
 ALL = op.Wanted(entropy=True, sum_sq=True, weighted_sum=True, argmax=True)
 SIZES = [(1, 1), (3, 2), (7, 33), (2, 63), (2, 64), (2, 65), (5, 257), (3, 4097), (2, 50257)]
 
@@ -74,9 +76,9 @@ def ours(scale=1.0, softcap=0.0, weight=None):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float16])
 @pytest.mark.parametrize("rows, classes", SIZES)
 def test_statistics_and_gradients(backend, dtype, rows, classes):
-    if backend == "cpu" and dtype in (torch.float64, torch.float16):
+    if dtype in REFUSED.get(backend, ()):
         logits, target = make(2, 5, dtype)
-        with fastlm.use_backend("cpu"), pytest.raises(RuntimeError, match="takes float32"):
+        with fastlm.use_backend(backend), pytest.raises(RuntimeError, match="takes float32"):
             op.row_statistics(logits, target, None, wanted=ALL)
         return
     if dtype == torch.float64 and classes > 5000:
@@ -333,11 +335,18 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr
 
 
-def test_target_outside_the_classes_is_nan_in_the_kernels():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index", [5, -1, 2**40, -(2**40)])
+def test_target_outside_the_classes_is_nan_in_the_kernels(backend, index):
+    forward = {"cpu": op.cpu_forward, "triton": op.triton_forward}.get(backend, reference.forward)
     logits = torch.randn(2, 5)
-    target = torch.tensor([5, 1])
-    rest = (None, -100, 1.0, 0.0, False, False, False, False, "")
-    runs = [reference.forward] + ([op.cpu_forward] if "cpu" in BACKENDS else [])
-    for run in runs:
-        logprob = run(logits, target, *rest)[0]
-        assert logprob[0].isnan() and logprob[1].isfinite()
+    target = torch.tensor([index, 1])
+    found = forward(logits, target, None, -100, 1.0, 0.0, False, False, False, False, "")
+    assert found[0][0].isnan() and found[0][1].isfinite()
+    if backend == "cpu":
+        return  # its op has checked
+    on_target = torch.randn(2)
+    options = (-on_target, None, None, None, on_target, -100, 1.0, 0.0)
+    backward = dispatch._OPS["row_statistics"][backend].backward
+    dlogits = backward(logits, target, None, found[6], found[7], *options)
+    assert dlogits[0].isnan().all() and dlogits[1].isfinite().all()

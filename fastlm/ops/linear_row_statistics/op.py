@@ -12,8 +12,9 @@ the input and a slice of the weight in float32; a budget (`max_bytes`) covers th
 half-precision inputs, the float32 sum of the weight's gradient, or, where the budget is so small
 that the logits come in tiles (`slices.py`), that of the input's.
 
-Backends: both run the loop of `chunks.py`. cpu takes float32, bfloat16 and float16 (the logits are
-float32) and runs the compiled row kernels; reference runs those of plain PyTorch, any float dtype.
+Backends: all run the loop of `chunks.py`. cpu and triton take float32, bfloat16 and float16 (the
+logits are float32) and run the compiled or Triton's row kernels; reference runs those of plain
+PyTorch, any float dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, extension, library
+from ... import checks, dispatch, extension, library, triton_backend
 from ..row_statistics import op as rows_op
 from ..row_statistics import reference as rows_reference
 from ..row_statistics.op import (
@@ -118,12 +119,17 @@ def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     return schedule.backward(kernels, layer, compared, *rest)
 
 
-def _compiled_backward(
-    logits: Tensor, compared: Compared, row_max: Tensor, log_sum: Tensor, factors: Any
+def _in_place_backward(
+    backward_into: Callable[..., None],
+    logits: Tensor,
+    compared: Compared,
+    row_max: Tensor,
+    log_sum: Tensor,
+    factors: Any,
 ) -> Tensor:
     target, class_weight, ignore_index, scale, softcap = compared
     rows = (logits, target, class_weight, row_max, log_sum)
-    rows_op.cpu_backward_into(logits, *rows, factors, ignore_index, scale, softcap)
+    backward_into(logits, *rows, factors, ignore_index, scale, softcap)
     return logits
 
 
@@ -135,13 +141,18 @@ def _plain_backward(
     return rows_reference.backward(*arguments)
 
 
-def _cpu_refuses(input: Tensor, **_: Any) -> str | None:
+def _kernels_refuse(input: Tensor, **_: Any) -> str | None:
     if input.dtype == torch.float64:
         return "takes float32, bfloat16 and float16, not float64"
     return None
 
 
-_COMPILED = RowKernels(rows_op.cpu_forward, _compiled_backward)
+_TRITON = RowKernels(
+    rows_op.triton_forward, functools.partial(_in_place_backward, rows_op.triton_backward_into)
+)
+_COMPILED = RowKernels(
+    rows_op.cpu_forward, functools.partial(_in_place_backward, rows_op.cpu_backward_into)
+)
 _PLAIN = RowKernels(rows_reference.forward, _plain_backward)
 
 
@@ -153,12 +164,22 @@ def register(
     """Register the chunk loops of one op, which take the row kernels as first argument."""
     dispatch.register(
         op,
+        "triton",
+        functools.partial(forward, _TRITON),
+        backward and functools.partial(backward, _TRITON),
+        devices=triton_backend.devices,
+        unavailable=triton_backend.unavailable,
+        refuses=_kernels_refuse,
+        proven=False,
+    )
+    dispatch.register(
+        op,
         "cpu",
         functools.partial(forward, _COMPILED),
         backward and functools.partial(backward, _COMPILED),
         devices=("cpu",),
         unavailable=extension.unavailable,
-        refuses=_cpu_refuses,
+        refuses=_kernels_refuse,
     )
     dispatch.register(
         op,

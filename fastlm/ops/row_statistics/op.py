@@ -18,24 +18,25 @@ dlogits. Saved: the logits, max and log sum exp(z - max) of each row (two number
 loses log p to rounding when |z| is large), never probabilities.
 
 A row whose target is `ignore_index` is not read: statistics 0, argmax -1, gradient 0. A target out
-of range raises IndexError on the CPU and gives NaN in its row elsewhere. NaN and infinite logits
-give what `log_softmax` gives.
+of range raises IndexError on the CPU; elsewhere its log-prob is NaN, and the row's gradient through
+it. NaN and infinite logits give what `log_softmax` gives.
 
-Backends: cpu takes float32 and bfloat16 and any strides of the logits; reference takes everything.
-Results are float32, for float64 logits float64.
+Backends: triton takes float32, bfloat16 and float16, cpu float32 and bfloat16, reference every
+float dtype; any strides of the logits. Results are float32, for float64 logits float64.
 
 Source: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), by blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, extension, library
+from ... import checks, dispatch, extension, library, triton_backend
 from . import reference
 
 
@@ -184,7 +185,8 @@ def cpu_backward_into(
     )
 
 
-def _cpu_backward(
+def _backward_of(
+    backward_into: Callable[..., None],
     logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
@@ -202,7 +204,7 @@ def _cpu_backward(
     dlogits = logits.new_empty(logits.shape)
     coefficients = (on_p, on_p_log_p, on_p_squared, on_weight, on_target)
     rows = (logits, target, class_weight, row_max, log_sum)
-    cpu_backward_into(dlogits, *rows, coefficients, ignore_index, scale, softcap)
+    backward_into(dlogits, *rows, coefficients, ignore_index, scale, softcap)
     return dlogits
 
 
@@ -212,11 +214,65 @@ def _cpu_refuses(logits: Tensor, **_: Any) -> str | None:
     return None
 
 
+def triton_forward(
+    logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    entropy: bool,
+    sum_sq: bool,
+    weighted_sum: bool,
+    argmax: bool,
+    caller: str,
+) -> tuple[Tensor, ...]:
+    from . import triton_kernels
+
+    rows = logits.shape[0]
+    wanted = (target is not None, entropy, sum_sq, weighted_sum, argmax)
+    out = empty_statistics(rows, logits, *wanted)
+    logprob, lse, entropies, squares, weighted, best, row_max, log_sum, mass = out
+    options = (ignore_index, scale, softcap)
+    written = (row_max, log_sum, lse, logprob, entropies, squares, weighted, mass, best)
+    triton_kernels.forward(
+        logits, target, class_weight, *options, tuple(_optional(value) for value in written)
+    )
+    return out
+
+
+def triton_backward_into(dlogits: Tensor, *args: Any) -> None:
+    """As `cpu_backward_into`."""
+    from . import triton_kernels
+
+    triton_kernels.backward_into(dlogits, *args)
+
+
+def _triton_refuses(logits: Tensor, **_: Any) -> str | None:
+    if logits.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    rows, classes = logits.shape
+    # a column is an int32; the backward's grid has a program for every 128 columns at least
+    if classes >= 2**30 or rows * (1 + classes // 128) >= 2**31:
+        return f"takes fewer than 2^30 classes and 2^38 logits, not {list(logits.shape)}"
+    return None
+
+
+dispatch.register(
+    "row_statistics",
+    "triton",
+    triton_forward,
+    functools.partial(_backward_of, triton_backward_into),
+    devices=triton_backend.devices,
+    unavailable=triton_backend.unavailable,
+    refuses=_triton_refuses,
+    proven=False,
+)
 dispatch.register(
     "row_statistics",
     "cpu",
     cpu_forward,
-    _cpu_backward,
+    functools.partial(_backward_of, cpu_backward_into),
     devices=("cpu",),
     unavailable=extension.unavailable,
     refuses=_cpu_refuses,

@@ -113,6 +113,8 @@ def backward(
         dz = dz + weight * on_weight[:, None]
     if on_target is not None and target is not None:
         index, valid = _at_target(target, kept, classes)
-        dz = dz.scatter_add(-1, index, on_target.where(valid, 0)[:, None])
+        dz = dz.scatter_add(-1, index, on_target[:, None])
+        # the log-prob of a target out of range is NaN, and so is its gradient
+        dz = dz.where(valid[:, None], math.nan)
     slope = scale * (1 - squashed.square()) if softcap != 0 else scale
     return torch.where(kept[:, None], dz * slope, torch.zeros_like(dz)).to(logits.dtype)

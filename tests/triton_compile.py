@@ -1,0 +1,163 @@
+"""Compiles what ops launch for GPUs that need not be here, and says what each kernel takes.
+
+    python tests/triton_compile.py        one JSON object per kernel and GPU
+
+Run without TRITON_INTERPRET. The launches are those that the ops' own launchers make, on CPU
+tensors, with a recorder in the kernel's place; arguments are specialised as Triton does it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITIES = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stands for the kernels of a module and keeps their launches."""
+
+    def __init__(self, module: ModuleType, *names: str) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        for name in names:
+            setattr(module, name, _Stand(self, getattr(module, name)))
+
+
+class _Stand:
+    def __init__(self, recorder: Recorder, kernel: Any) -> None:
+        self.recorder, self.kernel = recorder, kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *a, **k: self.recorder.launches.append((self.kernel, a, k))
+
+
+def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSource:
+    """None, constexpr and the number 1 are compiled in; what 16 divides is known to be so."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        fixed = parameter.is_constexpr or value is None or isinstance(value, bool)
+        is_integer = isinstance(value, int)
+        specialises = not parameter.do_not_specialize
+        if fixed or (is_integer and specialises and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], number = TYPES[value.dtype], value.data_ptr()
+        elif is_integer:
+            signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        else:
+            signature[name], number = "fp32", 1
+        if specialises and number % 16 == 0:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
+    """Registers, stack and local memory a thread, shared memory a block, in bytes."""
+    kernel, args, named = launch
+    options = {name: named[name] for name in OPTIONS if name in named}
+    source = _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = [str(CUOBJDUMP), "-res-usage", file.name]
+        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert found, text
+    registers, stack, shared, local = map(int, found.groups())
+    return {
+        "kernel": kernel.fn.__name__,
+        "capability": capability,
+        "arguments": {k: v for k, v in source.signature.items() if v != "constexpr"},
+        "constants": {".".join(map(str, k)): v for k, v in _named(source).items()},
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        # the first counts what is reserved, the second what the launch asks for
+        "shared": max(shared, compiled.metadata.shared),
+        "threads": 32 * named.get("num_warps", 4),
+    }
+
+
+def _named(source: ASTSource) -> dict[Any, Any]:
+    names = source.fn.arg_names
+    return {(names[path[0]],): value for path, value in source.constants.items()}
+
+
+def row_statistics() -> Iterator[Any]:
+    """Every flag both ways, with each dtype; sizes that specialise and sizes that do not."""
+    from fastlm.ops.row_statistics import triton_kernels as kernels
+
+    recorder = Recorder(kernels, "forward_kernel", "backward_kernel")
+    n = torch.empty(3)
+    best = torch.empty(3, dtype=torch.int64)
+    target = torch.zeros(3, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        long, odd, one = (torch.empty(3, size, dtype=dtype) for size in (50304, 1001, 1))
+        far = torch.empty_strided((3, 50304), (0, 1), dtype=dtype).as_strided(
+            (1, 50304), (2**33, 1)
+        )
+        weight, each = torch.empty(1001), torch.empty(3, 50304)
+        # logits, target, class weight, scale, softcap; entropy, sum_sq, weighted_sum, argmax
+        forwards = [
+            (long, target, None, 1.0, 0.0, None, None, None, None),
+            (long, target, None, 1.0, 0.0, n, None, None, None),
+            (long, target, None, 0.5, 30.0, n, n, None, best),
+            (long, target, each, -1.0, 30.0, n, n, n, best),
+            (odd, target, weight, 1.0, 0.0, n, n, n, best),
+            (odd, None, None, -1.0, 0.0, None, None, n, best),
+            (one, target, None, 1.0, 2.0, n, n, n, best),
+            (far, None, None, 1.0, 0.0, n, None, None, None),
+            (torch.empty(1, 1, dtype=dtype).expand(3, 50304), None, None, 1.0, 0.0, n, n, n, best),
+        ]
+        for logits, index, weights, scale, softcap, entropy, squares, total, top in forwards:
+            out = (n, n, n, None if index is None else n, entropy, squares, total, total, top)
+            kernels.forward(logits, index, weights, -100, scale, softcap, out)
+        # logits, target, class weight, scale, softcap; the five coefficients
+        backwards = [
+            (long, target, None, 1.0, 0.0, n, None, None, None, n),
+            (long, target, None, 1.0, 30.0, n, n, None, None, n),
+            (long, None, None, -1.0, 30.0, n, n, n, n, None),
+            (odd, target, weight, 1.0, 0.0, n, n, n, n, n),
+            (long, target, each, 0.5, 30.0, n, n, n, n, n),
+            (one, target, None, 1.0, 0.0, n, n, n, n, n),
+            (far, None, None, 1.0, 0.0, n, None, None, None, None),
+        ]
+        for logits, index, weights, scale, softcap, *factors in backwards:
+            saved = (logits, index, weights, n, n, tuple(factors))
+            kernels.backward_into(torch.empty_like(logits), *saved, -100, scale, softcap)
+    yield from recorder.launches
+
+
+def main() -> None:
+    for launches in (row_statistics,):
+        for launch in launches():
+            for capability in CAPABILITIES:
+                print(json.dumps(resources(launch, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
