@@ -10,6 +10,14 @@ from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
+from .ops.preference.op import (
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    reward_loss,
+    simpo_loss,
+)
 from .ops.sampling.op import sample
 from .ops.token_logprobs.op import (
     TokenLogprobs,
@@ -27,7 +35,9 @@ __all__ = [
     "TokenPlan",
     "attention",
     "backends",
+    "cpo_loss",
     "cross_entropy",
+    "dpo_loss",
     "embedding_gru",
     "entropy",
     "explain",
@@ -35,12 +45,16 @@ __all__ = [
     "group_advantages",
     "gru",
     "kl_estimate",
+    "kto_loss",
     "leave_one_out_advantages",
     "linear_cross_entropy",
     "linear_token_logprobs",
     "nn",
+    "orpo_loss",
     "policy_loss",
+    "reward_loss",
     "sample",
+    "simpo_loss",
     "token_logprobs",
     "token_plan",
     "use_backend",
