@@ -29,7 +29,7 @@ from ..cross_entropy.loss import Loss, Rows
 from ..cross_entropy.op import cross_entropy
 from ..linear_row_statistics import chunks
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
+from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, Span
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
 from .options import chunk_bytes
 
@@ -57,21 +57,16 @@ def _run(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     wanted, per_row, needs = Wanted(*args[8:12]), args[14:17], Needs(*args[17:20])
     out = linear.empty_statistics(layer.input, compared.target, wanted)
     chunk = linear.rows_per_chunk(layer, args[12])
-    found = chunks.forward(kernels, layer, compared, wanted, chunk, out, per_row, needs)
+
+    def upstream(span: Span, found: tuple[Tensor, ...]) -> Upstream:
+        here = [None if p is None else p[span] for p in per_row]
+        return _upstream(None, None, found[1], here)
+
+    found = chunks.forward(kernels, layer, compared, wanted, chunk, out, upstream, needs)
     return *out, *found
 
 
 linear.register(_OP, _run)
-
-
-def _scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, which are ours alone, times dloss."""
-    # reading dloss on a GPU would wait for it
-    if dloss.device.type != "cpu" or float(dloss) != 1.0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(dloss)
-    return tuple(gradients)
 
 
 class _KnownRows(torch.autograd.Function):
@@ -122,23 +117,21 @@ class _KnownRows(torch.autograd.Function):
                 return *(None if g is None else g * dloss for g in traced), *nothing
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is not None:
-                return *_scaled(gradients, dloss), *nothing
-        upstream = _upstream(dloss, dlse, dentropy, lse, per_row)
+                return *linear.scaled(gradients, dloss), *nothing
+        per_row = [None if p is None or dloss is None else p * dloss for p in per_row]
+        upstream = _upstream(dlse, dentropy, lse, per_row)
         statistics = ctx.saved_tensors[12:]
         found = linear.gradients(layer, compared, statistics, upstream, ctx.needs, ctx.max_bytes)
         return *found, *nothing
 
 
 def _upstream(
-    dloss: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
     lse: Tensor,
     per_row: Sequence[Tensor | None],
 ) -> Upstream:
-    if dloss is None:
-        return Upstream(lse=dlse, entropy=dentropy)
-    on_logprob, on_weighted_sum, on_lse_square = (None if p is None else p * dloss for p in per_row)
+    on_logprob, on_weighted_sum, on_lse_square = per_row
     if on_lse_square is not None:
         on_lse = 2 * on_lse_square * lse
         dlse = on_lse if dlse is None else dlse + on_lse

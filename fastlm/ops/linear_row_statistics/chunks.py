@@ -4,11 +4,14 @@ Rows are taken in chunks. The logits of a chunk are computed into one buffer, th
 then their gradient, in place, by the kernels of `row_statistics`; the gradient goes into the
 gradients of input, weight and bias by two further products. All products accumulate in float32 (or
 float64); for half-precision inputs slices of the weight are widened one at a time.
+
+On a CPU rows without use are left out where that pays: ignored rows everywhere, rows whose gradient
+is zero in the products of the gradient. A GPU would have to wait for their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,15 @@ _CPU_BYTES = 10 << 20
 _CPU_LEAST, _CPU_MOST, _CPU_SHARE = 64, 512, 8
 _GPU_BYTES = 256 << 20
 _SLICE_BYTES = 2 << 20
+
+# a row is worth leaving out of a chunk when it saves more than moving the others costs: a moved
+# logit costs about as much as 16 multiply-adds of the products
+_MOVE_COST = 16
+_FEW_DEAD = 16  # one dead row of so many is not worth a gather of the input
+_MOVED_PARTS = 32  # rows move through a buffer of this part of a chunk
+
+# consecutive rows, or the numbers of those that are left
+Span = slice | Tensor
 
 
 class RowKernels(NamedTuple):
@@ -58,12 +70,25 @@ class Compared(NamedTuple):
     scale: float
     softcap: float
 
-    def rows(self, begin: int, end: int) -> Compared:
-        target = None if self.target is None else self.target.reshape(-1)[begin:end]
+    def rows(self, span: Span) -> Compared:
+        target = None if self.target is None else self.target.reshape(-1)[span]
         weight = self.class_weight
         if weight is not None and weight.dim() == 2:
-            weight = weight[begin:end]
+            weight = weight[span]
         return self._replace(target=target, class_weight=weight)
+
+    def live(self, factors: Sequence[Tensor | None] = ()) -> Tensor | None:
+        """Numbers of the rows that are not ignored and have a factor; None: not to be known."""
+        if self.target is None or self.target.device.type != "cpu":
+            return None
+        used = self.target.reshape(-1) != self.ignore_index
+        if factors:
+            used &= torch.stack([f != 0 for f in factors if f is not None]).any(0)
+        return used.nonzero()[:, 0]
+
+
+# from a chunk's rows and statistics to the gradient of the loss with respect to these
+UpstreamOfRows = Callable[[Span, tuple[Tensor, ...]], Upstream]
 
 
 def chunk_rows(rows: int, classes: int, itemsize: int, max_bytes: int, device: str) -> int:
@@ -99,9 +124,9 @@ class _Products:
     def new(self, *shape: int) -> Tensor:
         return self.layer.input.new_empty(shape, dtype=self.dtype)
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        rows = self.layer.input[begin:end]
-        return self.input_buffer[: end - begin].copy_(rows) if self.widens else rows
+    def rows(self, span: Span) -> Tensor:
+        rows = self.layer.input[span]
+        return self.input_buffer[: len(rows)].copy_(rows) if self.widens else rows
 
     def weights(self) -> Iterator[tuple[slice, Tensor]]:
         for begin in range(0, self.classes, self.step):
@@ -111,15 +136,28 @@ class _Products:
                 weight = self.slice_buffer[: weight.shape[0]].copy_(weight)
             yield part, weight
 
-    def logits(self, begin: int, end: int) -> Tensor:
-        out = self.logits_buffer[: end - begin]
-        rows = self.rows(begin, end)
+    def logits(self, span: Span) -> Tensor:
+        rows = self.rows(span)
+        out = self.logits_buffer[: len(rows)]
         for part, weight in self.weights():
             if self.bias is None:
                 torch.mm(rows, weight.t(), out=out[:, part])
             else:
                 torch.addmm(self.bias[part], rows, weight.t(), out=out[:, part])
         return out
+
+    def pays(self, rows: int, live: Tensor | None) -> bool:
+        """Whether to leave the other rows of a chunk out of the products of the gradient."""
+        if live is None:
+            return False
+        return (rows - len(live)) * (self.features + _MOVE_COST) > rows * _MOVE_COST
+
+    def compact(self, logits: Tensor, live: Tensor) -> Tensor:
+        """The rows `live`, ascending, moved to the front of the buffer."""
+        for begin in range(0, len(live), step := max(1, len(logits) // _MOVED_PARTS)):
+            part = live[begin : begin + step]
+            logits[begin : begin + len(part)] = logits[part]
+        return logits[: len(live)]
 
 
 class _Gradients:
@@ -133,31 +171,40 @@ class _Gradients:
         self.dweight = products.new(*layer.weight.shape) if needs.weight else None
         self.dbias = products.new(products.classes) if needs.bias else None
 
-    def add(self, dlogits: Tensor, begin: int, end: int) -> None:
+    def clear(self, span: Span) -> None:
+        """No gradient for these rows but what is added later."""
+        if self.dinput is not None:
+            self.dinput[span] = 0
+
+    def add(self, dlogits: Tensor, span: Span) -> None:
         if self.dbias is not None:
             part = dlogits.sum(0)
             self.dbias = self.dbias.add_(part) if self.started else part
         if self.dweight is not None:
-            rows = self.products.rows(begin, end)
+            rows = self.products.rows(span)
             if self.started:
                 self.dweight.addmm_(dlogits.t(), rows)
             else:
                 torch.mm(dlogits.t(), rows, out=self.dweight)
         if self.dinput is not None:
-            self._add_dinput(self.dinput[begin:end], dlogits)
+            self._add_dinput(self.dinput, span, dlogits)
         self.started = True
 
-    def _add_dinput(self, dinput: Tensor, dlogits: Tensor) -> None:
+    def _add_dinput(self, dinput: Tensor, span: Span, dlogits: Tensor) -> None:
         # the input's rows are not needed any more
-        widens = self.products.widens
-        out = self.products.input_buffer[: len(dinput)] if widens else dinput
+        if self.products.widens:
+            out = self.products.input_buffer[: len(dlogits)]
+        elif isinstance(span, slice):
+            out = dinput[span]
+        else:
+            out = self.products.new(len(dlogits), self.products.features)
         for part, weight in self.products.weights():
             if part.start == 0:
                 torch.mm(dlogits[:, part], weight, out=out)
             else:
                 out.addmm_(dlogits[:, part], weight)
-        if widens:
-            dinput.copy_(out)
+        if self.products.widens or not isinstance(span, slice):
+            dinput[span] = out.to(dinput.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """dinput, dweight, dbias in the layer's dtype; no elements where not needed."""
@@ -172,9 +219,21 @@ class _Gradients:
         return dinput, dweight, dbias
 
 
-def _spans(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, rows, max(1, chunk)):
-        yield begin, min(begin + chunk, rows)
+def spans(rows: int, chunk: int, live: Tensor | None) -> Iterator[Span]:
+    """Chunks of equal size, but for rounding, of all rows or of those in `live`."""
+    count = rows if live is None else len(live)
+    chunks = -(-count // max(1, chunk))
+    step = -(-count // max(1, chunks))
+    for begin in range(0, count, max(1, step)):
+        part = slice(begin, min(begin + step, count))
+        yield part if live is None else live[part]
+
+
+def few(rows: int, live: Tensor | None) -> Tensor | None:
+    """`live`, or None for all rows when hardly any is dead."""
+    if live is None or (rows - len(live)) * _FEW_DEAD < rows:
+        return None
+    return live
 
 
 def forward(
@@ -184,36 +243,63 @@ def forward(
     wanted: Wanted,
     chunk: int,
     out: tuple[Tensor, ...],
-    per_row: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+    upstream: UpstreamOfRows | None = None,
     needs: Needs = _NONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the statistics into `out`, and return the gradients of
-
-        sum over rows of  per_row[0] * logprob + per_row[1] * weighted_sum + per_row[2] * lse^2
-
-    that `needs` names, for input, weight and bias.
-    """
+    """Write the statistics into `out`, and return the gradients that `needs` names, for input,
+    weight and bias, of the loss whose gradient with respect to the statistics is `upstream`; it is
+    called once for every chunk."""
+    rows = len(layer.input)
     with torch.autocast(layer.input.device.type, enabled=False):
         products = _Products(layer, chunk)
         gradients = _Gradients(products, needs)
-        for begin, end in _spans(len(layer.input), chunk):
-            logits = products.logits(begin, end)
-            rows = compared.rows(begin, end)
-            found = kernels.forward(logits, *rows, *wanted, "")
+        live = few(rows, compared.live())
+        if live is not None:
+            clear_statistics(out)
+            gradients.clear(slice(None))
+        for span in spans(rows, chunk, live):
+            logits = products.logits(span)
+            here = compared.rows(span)
+            found = kernels.forward(logits, *here, *wanted, "")
             for whole, part in zip(out, found, strict=True):
                 if part.numel():
-                    whole[begin:end] = part
-            if per_row is None or not any(needs):
+                    whole[span] = part
+            if upstream is None:
                 continue
-            on_logprob, on_weighted_sum, on_lse_square = (
-                None if p is None else p[begin:end] for p in per_row
-            )
-            on_lse = None if on_lse_square is None else 2 * on_lse_square * found[1]
-            upstream = Upstream(on_logprob, on_lse, None, None, on_weighted_sum)
-            factors = coefficients(upstream, found[2], found[3], found[8])
-            dlogits = kernels.backward(logits, rows, found[6], found[7], factors)
-            gradients.add(dlogits, begin, end)
+            douts = upstream(span, found)
+            if any(needs):
+                factors = coefficients(douts, found[2], found[3], found[8])
+                rest = (here, found[6], found[7], factors)
+                _add_chunk(kernels, gradients, logits, span, *rest)
         return gradients.results()
+
+
+def clear_statistics(out: tuple[Tensor, ...]) -> None:
+    """What an ignored row has."""
+    for value in out:
+        value.fill_(0 if value.is_floating_point() else -1)
+
+
+def _add_chunk(
+    kernels: RowKernels,
+    gradients: _Gradients,
+    logits: Tensor,
+    span: Span,
+    compared: Compared,
+    row_max: Tensor,
+    log_sum: Tensor,
+    factors: tuple[Tensor | None, ...],
+) -> None:
+    live = compared.live(factors)
+    if live is not None and gradients.products.pays(len(logits), live):
+        gradients.clear(span)
+        if not len(live):
+            return
+        logits = gradients.products.compact(logits, live)
+        compared, row_max, log_sum = compared.rows(live), row_max[live], log_sum[live]
+        factors = tuple(None if f is None else f[live] for f in factors)
+        span = live + (span.start or 0) if isinstance(span, slice) else span[live]
+    gradients.add(kernels.backward(logits, compared, row_max, log_sum, factors), span)
 
 
 def backward(
@@ -227,13 +313,17 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients that `needs` names, for the coefficients of each row; computes the logits again."""
+    rows = len(layer.input)
     with torch.autocast(layer.input.device.type, enabled=False):
         products = _Products(layer, chunk)
         gradients = _Gradients(products, needs)
-        for begin, end in _spans(len(layer.input), chunk):
-            logits = products.logits(begin, end)
-            part = tuple(None if f is None else f[begin:end] for f in factors)
-            rows = compared.rows(begin, end)
-            dlogits = kernels.backward(logits, rows, row_max[begin:end], log_sum[begin:end], part)
-            gradients.add(dlogits, begin, end)
+        live = few(rows, compared.live(factors))
+        if live is not None:
+            gradients.clear(slice(None))
+        for span in spans(rows, chunk, live):
+            logits = products.logits(span)
+            part = tuple(None if f is None else f[span] for f in factors)
+            here = compared.rows(span)
+            dlogits = kernels.backward(logits, here, row_max[span], log_sum[span], part)
+            gradients.add(dlogits, span)
         return gradients.results()

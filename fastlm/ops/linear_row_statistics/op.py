@@ -18,7 +18,7 @@ float32) and runs the compiled row kernels; reference runs those of plain PyTorc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -180,6 +180,16 @@ def gradients(
     factors = coefficients(upstream, *statistics)
     found = _backward(*layer, *compared, row_max, log_sum, *factors, *needs, max_bytes)
     return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+
+def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients, which are ours alone, times dloss."""
+    # reading dloss on a GPU would wait for it
+    if dloss.device.type != "cpu" or float(dloss) != 1.0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(dloss)
+    return tuple(gradients)
 
 
 class _LinearRowStatistics(torch.autograd.Function):
