@@ -104,7 +104,7 @@ def chunk_rows(rows: int, classes: int, itemsize: int, max_bytes: int, device: s
     return -(-rows // max(1, chunks))
 
 
-class _Products:
+class Products:
     """The three products of the layer with one chunk, in the accumulator's dtype."""
 
     def __init__(self, layer: Layer, chunk: int) -> None:
@@ -160,10 +160,10 @@ class _Products:
         return logits[: len(live)]
 
 
-class _Gradients:
+class Gradients:
     """Sums of the gradients over the chunks; None where one is not needed."""
 
-    def __init__(self, products: _Products, needs: Needs) -> None:
+    def __init__(self, products: Products, needs: Needs) -> None:
         layer = products.layer
         self.products = products
         self.started = False
@@ -251,8 +251,8 @@ def forward(
     called once for every chunk."""
     rows = len(layer.input)
     with torch.autocast(layer.input.device.type, enabled=False):
-        products = _Products(layer, chunk)
-        gradients = _Gradients(products, needs)
+        products = Products(layer, chunk)
+        gradients = Gradients(products, needs)
         live = few(rows, compared.live())
         if live is not None:
             clear_statistics(out)
@@ -282,7 +282,7 @@ def clear_statistics(out: tuple[Tensor, ...]) -> None:
 
 def _add_chunk(
     kernels: RowKernels,
-    gradients: _Gradients,
+    gradients: Gradients,
     logits: Tensor,
     span: Span,
     compared: Compared,
@@ -315,8 +315,8 @@ def backward(
     """Gradients that `needs` names, for the coefficients of each row; computes the logits again."""
     rows = len(layer.input)
     with torch.autocast(layer.input.device.type, enabled=False):
-        products = _Products(layer, chunk)
-        gradients = _Gradients(products, needs)
+        products = Products(layer, chunk)
+        gradients = Gradients(products, needs)
         live = few(rows, compared.live(factors))
         if live is not None:
             gradients.clear(slice(None))
