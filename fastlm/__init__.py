@@ -8,6 +8,7 @@ from .ops.cross_entropy.op import cross_entropy
 from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
+from .ops.linear_kl_div.op import linear_kl_div
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
 from .ops.preference.op import (
@@ -48,6 +49,7 @@ __all__ = [
     "kto_loss",
     "leave_one_out_advantages",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_token_logprobs",
     "nn",
     "orpo_loss",
