@@ -36,9 +36,9 @@ from ..row_statistics.op import result_dtype
 _BUFFERS = 4
 _LEAST_ROWS = 64
 
-# (logits of a chunk, its rows, factor of its gradient [n, 1] or None) -> divergence [n]; the logits
-# become their gradient
-Rows = Callable[[Tensor, Span, Tensor | None], Tensor]
+# (logits of a chunk, which are spent, its rows, factor [n, 1] of the gradient or None for none) ->
+# divergence [n], gradient [n, V]
+Rows = Callable[[Tensor, Span, Tensor | None], tuple[Tensor, Tensor]]
 # rows per chunk -> Rows
 Prepare = Callable[[int], Rows]
 
@@ -92,9 +92,9 @@ def run(
         factor = None
         if row_weight is not None and any(needs):
             factor = row_weight[span][:, None]
-        value[span] = compare(logits, span, factor)
+        value[span], dlogits = compare(logits, span, factor)
         if factor is not None:
-            gradients.add(logits, span)
+            gradients.add(dlogits, span)
     return without_masked(value, keep), *gradients.results()
 
 

@@ -56,16 +56,17 @@ class _Teacher:
         self.scratch = self.products.new(2, chunk, layer.weight.shape[0])
         self.divergence, self.beta, self.scale = divergence, beta, scale
 
-    def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> Tensor:
-        scratch = self.scratch[0, : len(logits)], self.scratch[1, : len(logits)]
-        log_q = reference.log_softmax_(logits, self.scale, scratch[0])
-        log_p = reference.log_softmax_(self.products.logits(span), self.scale, scratch[0])
+    def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        theirs = self.products.logits(span)
+        log_q = reference.log_softmax(logits, self.scale, self.scratch[0, : len(logits)])
+        log_p = reference.log_softmax(theirs, self.scale, self.scratch[1, : len(logits)])
+        spent = logits, theirs
         value = reference.divergence_(
-            self.divergence, self.beta, log_q, log_p, scratch, factor is not None
+            self.divergence, self.beta, log_q, log_p, spent, factor is not None
         )
         if factor is not None:
             log_q.mul_(factor * self.scale)
-        return value
+        return value, log_q
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:

@@ -19,19 +19,22 @@ import torch
 from torch import Tensor
 
 
-def log_softmax_(logits: Tensor, scale: float, scratch: Tensor) -> Tensor:
-    """log softmax(scale * logits) over the last dimension, written over the logits."""
+def log_softmax(logits: Tensor, scale: float, out: Tensor) -> Tensor:
+    """log softmax(scale * logits) over the last dimension, in `out`; the logits are spent."""
     if scale != 1:
         logits.mul_(scale)
-    logits.sub_(logits.amax(-1, keepdim=True))
-    torch.exp(logits, out=scratch)
-    return logits.sub_(scratch.sum(-1, keepdim=True).log_())
+    return torch.log_softmax(logits, -1, out=out)
 
 
 def _expectation(probability: Tensor, values: Tensor, product: Tensor) -> Tensor:
-    """sum p v as [N]; v becomes 0 where p is, and `product` p v (it may be one of the two)."""
-    values.masked_fill_(probability == 0, 0.0)
-    return torch.mul(probability, values, out=product).sum(-1)
+    """sum p v as [N], where p = 0 adds nothing; p v in `product`, perhaps `values`."""
+    total = torch.mul(probability, values, out=product).sum(-1)
+    # 0 times infinity is rare, and to look is cheaper than to mask; a GPU would wait for it
+    if total.device.type == "cpu" and not bool(total.isnan().any()):
+        return total
+    nothing = probability == 0
+    values.masked_fill_(nothing, 0.0)
+    return product.masked_fill_(nothing, 0.0).sum(-1)
 
 
 def _forward_kl(log_q: Tensor, log_p: Tensor, a: Tensor, b: Tensor, with_gradient: bool) -> Tensor:
@@ -69,7 +72,7 @@ def divergence_(
     torch.add(log_q, math.log1p(-beta), out=b)
     log_m = torch.logaddexp(a, b, out=b)
     p = torch.exp(log_p, out=a)
-    of_teacher = _expectation(p, log_p.sub_(log_m), a)
+    of_teacher = _expectation(p, log_p.sub_(log_m), log_p)
     ratio = torch.sub(log_q, log_m, out=log_p)
     of_student = _towards(log_q, ratio, a, b, with_gradient)
     if with_gradient:

@@ -68,21 +68,20 @@ class _Teacher:
         self.scratch = logprobs.new_empty(chunk, classes)
         self.divergence, self.beta, self.scale = divergence, beta, scale
 
-    def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> Tensor:
-        scratch = self.scratch[: len(logits)]
-        log_q = divergences.log_softmax_(logits, self.scale, scratch)
+    def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_q = divergences.log_softmax(logits, self.scale, self.scratch[: len(logits)])
         index, logprobs = self.indices[span], self.logprobs[span]
         real = logprobs != -torch.inf
-        buckets, tail = reference.student_buckets_(log_q, index, real, scratch)
+        buckets, tail = reference.student_buckets_(log_q, index, real, logits)
         log_p = reference.teacher_buckets(logprobs, logits.shape[-1])
-        scratches = torch.empty_like(buckets), torch.empty_like(buckets)
+        scratch = torch.empty_like(buckets), torch.empty_like(buckets)
         value = divergences.divergence_(
-            self.divergence, self.beta, buckets, log_p, scratches, factor is not None
+            self.divergence, self.beta, buckets, log_p, scratch, factor is not None
         )
         if factor is not None:
             du = buckets.mul_(factor * self.scale)
             reference.spread_(log_q, tail, index, real, du)
-        return value
+        return value, log_q
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:
