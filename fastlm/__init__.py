@@ -9,6 +9,7 @@ from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.linear_kl_div.op import linear_kl_div
+from .ops.linear_policy_loss.op import linear_policy_loss
 from .ops.linear_topk_kl_div.op import linear_topk_kl_div
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
@@ -51,6 +52,7 @@ __all__ = [
     "leave_one_out_advantages",
     "linear_cross_entropy",
     "linear_kl_div",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "linear_topk_kl_div",
     "nn",

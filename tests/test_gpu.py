@@ -134,6 +134,16 @@ OPS = {
         lambda tokens, weight, *flat: fastlm.embedding_gru(tokens, weight, *flat)[0],
         lambda tokens, weight, *flat: torch_gru(functional.embedding(tokens, weight), *flat)[0],
     ),
+    "linear_policy_loss": Op(
+        lambda: [randn(3, 5, 7), randn(33, 7), TARGET.expand(3, 5), randn(3)],
+        lambda x, weight, target, advantages: fastlm.linear_policy_loss(
+            x, weight, target, advantages.detach()
+        ),
+        lambda x, weight, target, advantages: reinforce(
+            logprobs(functional.linear(x, weight).flatten(0, 1), target.flatten()).view(3, 5),
+            advantages,
+        ),
+    ),
     "policy_loss": Op(
         lambda: [randn(3, 5), randn(3)],
         lambda scores, advantages: fastlm.policy_loss(scores, advantages.detach()),

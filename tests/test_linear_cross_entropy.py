@@ -28,7 +28,7 @@ def backend(request):
 
 
 def chunked(rows, classes):
-    return fastlm.LinearCrossEntropyOptions(max_memory_bytes=rows * classes * 4)
+    return fastlm.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
 
 def make(rows, features, classes, dtype=torch.float32, bias=True):
@@ -481,7 +481,8 @@ def test_bad_arguments(kwargs, error, message):
     [
         {"batch_invariant": True},
         {"filter_eps": 1e-4},
-        {"grad_accum_into": torch.zeros(1)},
+        {"grad_accum_into": torch.zeros(1, requires_grad=True)},
+        {"batch_chunk_size": 0},
         {"acc_dtype": torch.bfloat16},
         {"max_memory_bytes": 0},
     ],

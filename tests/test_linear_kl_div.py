@@ -96,7 +96,9 @@ def test_options_and_chunks(divergence, reduction):
     options = {"divergence": divergence, "temperature": 1.7, "reduction": reduction, "beta": 0.3}
     args = make(11, 4, 6, 10, FLOAT64)
     for rows in (1, 4, 11):
-        agree(ours(**options, options=chunked(rows, 10)), plain(**options), args)
+        by_rows = fastlm.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        for chunks in (chunked(rows, 10), by_rows):
+            agree(ours(**options, options=chunks), plain(**options), args)
 
 
 def test_the_docstring():
@@ -426,6 +428,11 @@ def test_memory_is_a_small_share_of_plains():
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
         ({"options": 3}, TypeError, "options must be LinearCrossEntropyOptions"),
+        (
+            {"options": fastlm.LinearCrossEntropyOptions(grad_accum_into=torch.zeros(9, 3))},
+            ValueError,
+            "options.grad_accum_into must be None",
+        ),
     ],
 )
 def test_rejects(change, error, message):

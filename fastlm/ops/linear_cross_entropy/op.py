@@ -7,8 +7,9 @@ Two ways, chosen by what the caller asks for:
   weight and bias (6 N H V operations). The backward hands these out, scaled by the upstream
   gradient; it happens once, so they are scaled in place, and a second backward, or a gradient with
   respect to the auxiliary results, computes everything again from the inputs.
-- otherwise ("none", a `token_weight` that needs a gradient): `linear_row_statistics`, whose
-  backward computes the logits again (8 N H V).
+- otherwise ("none", a `token_weight` that needs a gradient, `grad_accum_into`, which must not be
+  written to before the backward): `linear_row_statistics`, whose backward computes the logits
+  again (8 N H V).
 
 Saved: the inputs, two numbers per row, and in the first way the gradients.
 
@@ -27,11 +28,11 @@ from ... import checks, library
 from ..cross_entropy import loss as losses
 from ..cross_entropy.loss import Loss, Rows
 from ..cross_entropy.op import cross_entropy
-from ..linear_row_statistics import chunks
 from ..linear_row_statistics import op as linear
+from ..linear_row_statistics import schedule
 from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, Span
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
-from .options import chunk_bytes
+from .options import accumulator, chunk_bytes
 
 _OP = "linear_cross_entropy"
 
@@ -56,13 +57,13 @@ def _run(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     wanted, per_row, needs = Wanted(*args[8:12]), args[14:17], Needs(*args[17:20])
     out = linear.empty_statistics(layer.input, compared.target, wanted)
-    chunk = linear.rows_per_chunk(layer, args[12])
+    chunk = linear.chunk_of(layer, args[12])
 
     def upstream(span: Span, found: tuple[Tensor, ...]) -> Upstream:
         here = [None if p is None else p[span] for p in per_row]
         return _upstream(None, None, found[1], here)
 
-    found = chunks.forward(kernels, layer, compared, wanted, chunk, out, upstream, needs)
+    found = schedule.forward(kernels, layer, compared, wanted, chunk, out, upstream, needs)
     return *out, *found
 
 
@@ -315,12 +316,13 @@ def _chunked(
     rows = losses.compare_with(loss, target, weight, token_weight, classes, soft, dtype)
     wanted, max_bytes = loss.wanted(soft), chunk_bytes(_OP, options, layer.input, linear_weight)
     late = token_weight is not None and token_weight.requires_grad
-    if loss.reduction != "none" and not late:
+    into = accumulator(_OP, options, layer.input, linear_weight)
+    if loss.reduction != "none" and not late and into is None:
         value, found = _known_rows(layer, loss, rows, wanted, max_bytes)
     else:
         compared = (rows.target, rows.class_weight, loss.ignore_index, loss.scale, loss.softcap)
         found = linear.linear_row_statistics(
-            layer, Compared(*compared), wanted=wanted, max_bytes=max_bytes, caller=_OP
+            layer, Compared(*compared), wanted=wanted, max_bytes=max_bytes, caller=_OP, into=into
         )
         value = losses.reduce(loss, rows, found)
         if loss.reduction == "none":

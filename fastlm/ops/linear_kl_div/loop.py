@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ... import checks, library
 from ..cross_entropy.loss import REDUCTIONS, finite
+from ..linear_cross_entropy.options import chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import (
+    Chunk,
     Gradients,
     Layer,
     Needs,
@@ -48,6 +50,8 @@ def _chunk(layer: Layer, max_bytes: int) -> int:
     itemsize, device = result_dtype(layer.input).itemsize, layer.input.device.type
     if max_bytes > 0:
         return chunk_rows(rows, _BUFFERS * classes, itemsize, max_bytes, device)
+    if max_bytes < 0:  # minus the rows
+        return chunk_rows(rows, classes, itemsize, -max_bytes * classes * itemsize, device)
     one_buffer = chunk_rows(rows, classes, itemsize, 0, device)
     most = max(_LEAST_ROWS, one_buffer // (_BUFFERS - 1))
     return chunk_rows(rows, classes, itemsize, most * classes * itemsize, device)
@@ -78,7 +82,7 @@ def run(
     rows, chunk = layer.input.shape[0], _chunk(layer, max_bytes)
     layer = layer._replace(input=without_masked(layer.input, keep))
     row_weight = None if row_weight is None else without_masked(row_weight, keep)
-    products = Products(layer, chunk)
+    products = Products(layer, Chunk(chunk))
     gradients = Gradients(products, needs)
     compare = prepare(chunk)
     value = products.new(rows)
@@ -156,6 +160,13 @@ class _EachRow(torch.autograd.Function):
         _, *found = _overload(ctx.name)(*tensors, dvalue.contiguous(), *ctx.options, *needs)
         found = [g if need else None for g, need in zip(found, needs, strict=True)]
         return None, None, *found, *(None,) * (len(tensors) - 2 + len(ctx.options) + 3)
+
+
+def checked_budget(op: str, options: Any, layer: Layer) -> int:
+    """The op argument `max_bytes`: memory of a chunk's buffers together; as `chunk_bytes` else."""
+    if getattr(options, "grad_accum_into", None) is not None:
+        checks.bad_value(op, "options.grad_accum_into", "None", "a tensor", "add the gradient")
+    return chunk_bytes(op, options, layer.input, layer.weight)
 
 
 class Weighting(NamedTuple):

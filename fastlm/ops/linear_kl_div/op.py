@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, library
-from ..linear_cross_entropy.options import chunk_bytes
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Layer, Needs, Products, Span
+from ..linear_row_statistics.chunks import Chunk, Layer, Needs, Products, Span
 from ..row_statistics.op import result_dtype
 from . import loop, reference
 
@@ -52,7 +51,7 @@ class _Teacher:
     def __init__(
         self, layer: Layer, divergence: str, beta: float, scale: float, chunk: int
     ) -> None:
-        self.products = Products(layer, chunk)
+        self.products = Products(layer, Chunk(chunk))
         self.scratch = self.products.new(2, chunk, layer.weight.shape[0])
         self.divergence, self.beta, self.scale = divergence, beta, scale
 
@@ -139,7 +138,8 @@ def linear_kl_div(
         mask: [...]; 0 or False takes the token out, whatever stands there.
         token_weight: [...], factor of each token; does not change what "mean" divides by.
         reduction: "mean" over the tokens kept (0 if there are none), "sum", "none" for [...].
-        options: `LinearCrossEntropyOptions`: `max_memory_bytes` of all four chunks together.
+        options: `LinearCrossEntropyOptions`; `max_memory_bytes` is that of the four chunks of
+            logits together, at least one row each. Not `grad_accum_into`.
 
     Returns:
         [] or [...], float32, float64 for float64 inputs, in nats; 0 where masked.
@@ -160,5 +160,5 @@ def linear_kl_div(
     shape = layer.input.shape[:-1]
     layer = layer._replace(input=layer.input.reshape(-1, layer.input.shape[-1]))
     other = other._replace(input=other.input.reshape(-1, other.input.shape[-1]))
-    max_bytes = chunk_bytes(_OP, options, layer.input, layer.weight)
+    max_bytes = loop.checked_budget(_OP, options, layer)
     return loop.loss(_OP, layer, other, weighting, (*chosen, max_bytes), shape)

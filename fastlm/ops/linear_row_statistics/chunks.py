@@ -27,6 +27,14 @@ _CPU_LEAST, _CPU_MOST, _CPU_SHARE = 64, 512, 8
 _GPU_BYTES = 256 << 20
 _SLICE_BYTES = 2 << 20
 
+# a budget of fewer rows than these, at once, is kept by tiles of `slices.py`: on a CPU products of
+# fewer rows run at half the rate; on a GPU summing up the weight's gradient costs more than
+# computing the logits again (4 * FLOP/s / bytes/s = 651 rows for an H200, 933 for an H100)
+_SENSIBLE_ROWS = {"cpu": 64}
+_SENSIBLE_ROWS_GPU = 768
+# what is held per row for all rows at once: statistics, coefficients and their parts
+_NUMBERS_PER_ROW = 12
+
 # a row is worth leaving out of a chunk when it saves more than moving the others costs: a moved
 # logit costs about as much as 16 multiply-adds of the products
 _MOVE_COST = 16
@@ -58,7 +66,7 @@ class Needs(NamedTuple):
     bias: bool = False
 
 
-_NONE = Needs()
+NO_NEEDS = Needs()
 
 
 class Compared(NamedTuple):
@@ -104,22 +112,49 @@ def chunk_rows(rows: int, classes: int, itemsize: int, max_bytes: int, device: s
     return -(-rows // max(1, chunks))
 
 
+class Chunk(NamedTuple):
+    """What exists at a time."""
+
+    rows: int
+    slice_bytes: int = _SLICE_BYTES  # of the weight, for half-precision inputs
+    tile_bytes: int = 0  # not 0: no whole rows, but tiles of this size
+
+
+def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
+    """For a budget in bytes; 0: our own choice; negative: minus the number of rows."""
+    (rows, features), classes = layer.input.shape, layer.weight.shape[0]
+    dtype, device = result_dtype(layer.input), layer.input.device.type
+    item, widens = dtype.itemsize, layer.input.dtype != dtype
+    if max_bytes == 0:
+        return Chunk(chunk_rows(rows, classes, item, 0, device))
+    if max_bytes < 0:
+        return Chunk(chunk_rows(rows, classes, item, -max_bytes * classes * item, device))
+    slice_bytes = min(_SLICE_BYTES, max_bytes // 8) if widens else 0
+    room = max(1, max_bytes - _NUMBERS_PER_ROW * item * rows)
+    # rows that are left out need a copy of those that are not, and of their gradient
+    width = classes + features * (3 if widens else 2)
+    least = _SENSIBLE_ROWS.get(device, _SENSIBLE_ROWS_GPU)
+    if max(0, room - slice_bytes) // (width * item) < min(rows, least):
+        return Chunk(0, tile_bytes=room)
+    return Chunk(chunk_rows(rows, width, item, room - slice_bytes, device), slice_bytes)
+
+
 class Products:
     """The three products of the layer with one chunk, in the accumulator's dtype."""
 
-    def __init__(self, layer: Layer, chunk: int) -> None:
+    def __init__(self, layer: Layer, chunk: Chunk) -> None:
         self.layer = layer
         self.dtype = result_dtype(layer.input)
         self.classes, self.features = layer.weight.shape
-        self.logits_buffer = self.new(chunk, self.classes)
+        self.logits_buffer = self.new(chunk.rows, self.classes)
         self.bias = None if layer.bias is None else layer.bias.to(self.dtype)
         self.widens = layer.input.dtype != self.dtype
         self.step = max(1, self.classes)
         if self.widens:
             row_bytes = max(1, self.features) * self.dtype.itemsize
-            self.step = min(self.step, max(64, _SLICE_BYTES // row_bytes))
+            self.step = min(self.step, max(64, chunk.slice_bytes // row_bytes))
             self.slice_buffer = self.new(self.step, self.features)
-            self.input_buffer = self.new(chunk, self.features)
+            self.input_buffer = self.new(chunk.rows, self.features)
 
     def new(self, *shape: int) -> Tensor:
         return self.layer.input.new_empty(shape, dtype=self.dtype)
@@ -163,12 +198,14 @@ class Products:
 class Gradients:
     """Sums of the gradients over the chunks; None where one is not needed."""
 
-    def __init__(self, products: Products, needs: Needs) -> None:
+    def __init__(self, products: Products, needs: Needs, into: Tensor | None = None) -> None:
         layer = products.layer
         self.products = products
         self.started = False
+        self.into = into if needs.weight else None
         self.dinput = layer.input.new_empty(layer.input.shape) if needs.input else None
-        self.dweight = products.new(*layer.weight.shape) if needs.weight else None
+        new = needs.weight and into is None
+        self.dweight = products.new(*layer.weight.shape) if new else None
         self.dbias = products.new(products.classes) if needs.bias else None
 
     def clear(self, span: Span) -> None:
@@ -180,12 +217,13 @@ class Gradients:
         if self.dbias is not None:
             part = dlogits.sum(0)
             self.dbias = self.dbias.add_(part) if self.started else part
-        if self.dweight is not None:
+        total = self.dweight if self.into is None else self.into
+        if total is not None:
             rows = self.products.rows(span)
-            if self.started:
-                self.dweight.addmm_(dlogits.t(), rows)
+            if self.started or self.into is not None:
+                total.addmm_(dlogits.t(), rows)
             else:
-                torch.mm(dlogits.t(), rows, out=self.dweight)
+                torch.mm(dlogits.t(), rows, out=total)
         if self.dinput is not None:
             self._add_dinput(self.dinput, span, dlogits)
         self.started = True
@@ -241,37 +279,33 @@ def forward(
     layer: Layer,
     compared: Compared,
     wanted: Wanted,
-    chunk: int,
+    chunk: Chunk,
     out: tuple[Tensor, ...],
-    upstream: UpstreamOfRows | None = None,
-    needs: Needs = _NONE,
+    upstream: UpstreamOfRows | None,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the statistics into `out`, and return the gradients that `needs` names, for input,
-    weight and bias, of the loss whose gradient with respect to the statistics is `upstream`; it is
-    called once for every chunk."""
+    """See `schedule.py`."""
     rows = len(layer.input)
-    with torch.autocast(layer.input.device.type, enabled=False):
-        products = Products(layer, chunk)
-        gradients = Gradients(products, needs)
-        live = few(rows, compared.live())
-        if live is not None:
-            clear_statistics(out)
-            gradients.clear(slice(None))
-        for span in spans(rows, chunk, live):
-            logits = products.logits(span)
-            here = compared.rows(span)
-            found = kernels.forward(logits, *here, *wanted, "")
-            for whole, part in zip(out, found, strict=True):
-                if part.numel():
-                    whole[span] = part
-            if upstream is None:
-                continue
-            douts = upstream(span, found)
-            if any(needs):
-                factors = coefficients(douts, found[2], found[3], found[8])
-                rest = (here, found[6], found[7], factors)
-                _add_chunk(kernels, gradients, logits, span, *rest)
-        return gradients.results()
+    products = Products(layer, chunk)
+    gradients = Gradients(products, needs)
+    live = few(rows, compared.live())
+    if live is not None:
+        clear_statistics(out)
+        gradients.clear(slice(None))
+    for span in spans(rows, chunk.rows, live):
+        logits = products.logits(span)
+        here = compared.rows(span)
+        found = kernels.forward(logits, *here, *wanted, "")
+        for whole, part in zip(out, found, strict=True):
+            if part.numel():
+                whole[span] = part
+        if upstream is None:
+            continue
+        douts = upstream(span, found)
+        if any(needs):
+            factors = coefficients(douts, found[2], found[3], found[8])
+            _add_chunk(kernels, gradients, logits, span, here, found[6], found[7], factors)
+    return gradients.results()
 
 
 def clear_statistics(out: tuple[Tensor, ...]) -> None:
@@ -309,21 +343,21 @@ def backward(
     row_max: Tensor,
     log_sum: Tensor,
     factors: tuple[Tensor | None, ...],
-    chunk: int,
+    chunk: Chunk,
     needs: Needs,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients that `needs` names, for the coefficients of each row; computes the logits again."""
+    """See `schedule.py`."""
     rows = len(layer.input)
-    with torch.autocast(layer.input.device.type, enabled=False):
-        products = Products(layer, chunk)
-        gradients = Gradients(products, needs)
-        live = few(rows, compared.live(factors))
-        if live is not None:
-            gradients.clear(slice(None))
-        for span in spans(rows, chunk, live):
-            logits = products.logits(span)
-            part = tuple(None if f is None else f[span] for f in factors)
-            here = compared.rows(span)
-            dlogits = kernels.backward(logits, here, row_max[span], log_sum[span], part)
-            gradients.add(dlogits, span)
-        return gradients.results()
+    products = Products(layer, chunk)
+    gradients = Gradients(products, needs, into)
+    live = few(rows, compared.live(factors))
+    if live is not None:
+        gradients.clear(slice(None))
+    for span in spans(rows, chunk.rows, live):
+        logits = products.logits(span)
+        part = tuple(None if f is None else f[span] for f in factors)
+        here = compared.rows(span)
+        dlogits = kernels.backward(logits, here, row_max[span], log_sum[span], part)
+        gradients.add(dlogits, span)
+    return gradients.results()

@@ -7,9 +7,10 @@ Saved: the inputs, and max and log sum exp(z - max) of each row. The backward co
 again, so any function of the statistics can follow (8 N H V operations in all; the op
 `linear_cross_entropy` does with 6 where the function is known beforehand).
 
-Memory beyond inputs and gradients: one chunk of logits (`max_bytes`); for half-precision inputs
-also one chunk of the input and a slice of the weight in float32, and the float32 sum of the
-weight's gradient.
+Memory beyond inputs and gradients: one chunk of logits, and for half-precision inputs also one of
+the input and a slice of the weight in float32; a budget (`max_bytes`) covers these. Beside it, for
+half-precision inputs, the float32 sum of the weight's gradient, or, where the budget is so small
+that the logits come in tiles (`slices.py`), that of the input's.
 
 Backends: both run the loop of `chunks.py`. cpu takes float32, bfloat16 and float16 (the logits are
 float32) and runs the compiled row kernels; reference runs those of plain PyTorch, any float dtype.
@@ -32,11 +33,10 @@ from ..row_statistics.op import (
     Upstream,
     Wanted,
     coefficients,
-    result_dtype,
     upstream_of,
 )
-from . import chunks
-from .chunks import Compared, Layer, Needs, RowKernels
+from . import schedule
+from .chunks import Compared, Layer, Needs, RowKernels, chunk_of
 
 LAYER_ARGUMENTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
@@ -61,12 +61,6 @@ def empty_gradients(layer: Layer, needs: Any) -> tuple[Tensor, ...]:
         layer.input.new_empty(shape if need else 0)
         for shape, need in zip(shapes, needs, strict=True)
     )
-
-
-def rows_per_chunk(layer: Layer, max_bytes: int) -> int:
-    rows, classes = layer.input.shape[0], layer.weight.shape[0]
-    itemsize = result_dtype(layer.input).itemsize
-    return chunks.chunk_rows(rows, classes, itemsize, max_bytes, layer.input.device.type)
 
 
 def check_target(named: dict[str, Any]) -> None:
@@ -97,20 +91,31 @@ _backward = library.define(
     _backward_fake,
 )
 
+# the one op here that writes to an argument; eager mode only
+_accumulate = library.define(
+    "accumulate_linear_row_statistics",
+    "forward",
+    f"({LAYER_ARGUMENTS}Tensor row_max, Tensor log_sum, Tensor? on_p, Tensor? on_p_log_p, "
+    "Tensor? on_p_squared, Tensor? on_weight, Tensor? on_target, "
+    f"{NEEDS_ARGUMENTS}, SymInt max_bytes, Tensor(a!) into) -> ({GRADIENTS})",
+    lambda *args: empty_gradients(Layer(*args[:3]), (args[15], False, args[17])),
+)
+
 
 def _run_forward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     wanted = Wanted(*args[8:12])
     out = empty_statistics(layer.input, compared.target, wanted)
-    chunks.forward(kernels, layer, compared, wanted, rows_per_chunk(layer, args[12]), out)
+    schedule.forward(kernels, layer, compared, wanted, chunk_of(layer, args[12]), out)
     return out
 
 
 def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     row_max, log_sum, factors, needs = args[8], args[9], args[10:15], Needs(*args[15:18])
-    chunk = rows_per_chunk(layer, args[18])
-    return chunks.backward(kernels, layer, compared, row_max, log_sum, factors, chunk, needs)
+    chunk, into = chunk_of(layer, args[18]), args[19] if len(args) > 19 else None
+    rest = (row_max, log_sum, factors, chunk, needs, into)
+    return schedule.backward(kernels, layer, compared, *rest)
 
 
 def _compiled_backward(
@@ -164,6 +169,7 @@ def register(
 
 
 register("linear_row_statistics", _run_forward, _run_backward)
+register("accumulate_linear_row_statistics", _run_backward)
 
 
 def gradients(
@@ -171,14 +177,19 @@ def gradients(
     compared: Compared,
     saved: tuple[Tensor, ...],
     upstream: Upstream,
-    needs: Any,
+    needs: Needs,
     max_bytes: int,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias; saved: row_max, log_sum, entropy, sum_sq and
-    weight_mass of the forward."""
+    weight_mass of the forward. That of the weight is added to `into`, if given, and None."""
     row_max, log_sum, *statistics = saved
     factors = coefficients(upstream, *statistics)
-    found = _backward(*layer, *compared, row_max, log_sum, *factors, *needs, max_bytes)
+    rest = (row_max, log_sum, *factors, *needs, max_bytes)
+    if into is None or not needs.weight:
+        found = _backward(*layer, *compared, *rest)
+    else:
+        found, needs = _accumulate(*layer, *compared, *rest, into), needs._replace(weight=False)
     return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 
@@ -194,8 +205,10 @@ def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | 
 
 class _LinearRowStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, into: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
         out = _forward(*args)
+        # not saved: another backward may write to it before this one does
+        ctx.into = into
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
         ctx.save_for_backward(*args[:5], row_max, log_sum, entropy, sum_sq, mass)
         ctx.options, ctx.wanted, ctx.max_bytes = args[5:8], Wanted(*args[8:12]), args[12]
@@ -209,8 +222,8 @@ class _LinearRowStatistics(torch.autograd.Function):
         layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
         upstream = upstream_of(douts[:5], compared[0] is not None, ctx.wanted)
         if all(value is None for value in upstream):
-            return (None,) * 14
-        needs = Needs(*ctx.needs_input_grad[:3])
+            return (None,) * 15
+        needs = Needs(*ctx.needs_input_grad[1:4])
         found = gradients(
             layer,
             Compared(*compared, *ctx.options),
@@ -218,16 +231,24 @@ class _LinearRowStatistics(torch.autograd.Function):
             upstream,
             needs,
             ctx.max_bytes,
+            ctx.into,
         )
-        return *found, *(None,) * 11
+        return None, *found, *(None,) * 11
 
 
 def linear_row_statistics(
-    layer: Layer, compared: Compared, *, wanted: Wanted, max_bytes: int, caller: str
+    layer: Layer,
+    compared: Compared,
+    *,
+    wanted: Wanted,
+    max_bytes: int,
+    caller: str,
+    into: Tensor | None = None,
 ) -> Statistics:
-    """Statistics of the layer's logits; max_bytes 0: our own choice. Arguments have been checked.
-    class_weight is a constant."""
-    return Statistics(*_LinearRowStatistics.apply(*layer, *compared, *wanted, max_bytes, caller))
+    """Statistics of the layer's logits; max_bytes: see `chunk_of`. Arguments have been checked.
+    class_weight is a constant. The gradient of the weight is added to `into`, if given."""
+    arguments = (*layer, *compared, *wanted, max_bytes, caller)
+    return Statistics(*_LinearRowStatistics.apply(into, *arguments))
 
 
 def checked_layer(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, library
-from ..linear_cross_entropy.options import chunk_bytes
 from ..linear_kl_div import loop
 from ..linear_kl_div import reference as divergences
 from ..linear_row_statistics import op as linear
@@ -176,5 +175,5 @@ def linear_topk_kl_div(
     teacher = _checked_teacher(layer, teacher_logprobs, teacher_indices, weighting.keep)
     shape = layer.input.shape[:-1]
     layer = layer._replace(input=layer.input.reshape(-1, layer.input.shape[-1]))
-    max_bytes = chunk_bytes(_OP, options, layer.input, layer.weight)
+    max_bytes = loop.checked_budget(_OP, options, layer)
     return loop.loss(_OP, layer, teacher, weighting, (*chosen, max_bytes), shape)

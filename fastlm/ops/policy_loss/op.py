@@ -34,28 +34,36 @@ def _at_least_float32(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def _keep(logprobs: Tensor, mask: Tensor | None) -> Tensor:
+def kept(tokens: Tensor, mask: Tensor | None, like: str, op: str) -> Tensor:
+    """bool [B, T]; `like` is the name of `tokens`, which has that shape."""
     if mask is None:
-        return torch.ones_like(logprobs, dtype=torch.bool)
-    checks.tensor("policy_loss", "mask", mask)
-    checks.shape("policy_loss", "mask", mask, logprobs.shape, "as logprobs")
-    checks.same_device("policy_loss", "mask", mask, "logprobs", logprobs)
+        return torch.ones_like(tokens, dtype=torch.bool)
+    checks.tensor(op, "mask", mask)
+    checks.shape(op, "mask", mask, tokens.shape, f"as {like}")
+    checks.same_device(op, "mask", mask, like, tokens)
     return mask != 0
 
 
-def _per_token(what: str, value: Tensor, keep: Tensor, per_sequence: bool = False) -> Tensor:
+def per_token(
+    what: str,
+    value: Tensor,
+    keep: Tensor,
+    per_sequence: bool = False,
+    like: str = "logprobs",
+    op: str = "policy_loss",
+) -> Tensor:
     """[B, T], 0 outside `keep`; [B] is spread over the tokens where that is allowed."""
-    checks.floating("policy_loss", what, value)
-    checks.same_device("policy_loss", what, value, "logprobs", keep)
+    checks.floating(op, what, value)
+    checks.same_device(op, what, value, like, keep)
     if per_sequence and value.dim() == 1:
-        checks.shape("policy_loss", what, value, keep.shape[:1], "or [B, T] as logprobs")
+        checks.shape(op, what, value, keep.shape[:1], f"or [B, T] as {like}")
         value = value[:, None]
     else:
-        checks.shape("policy_loss", what, value, keep.shape, "as logprobs")
+        checks.shape(op, what, value, keep.shape, f"as {like}")
     return torch.where(keep, _at_least_float32(value), 0.0)
 
 
-def _check_options(
+def check_options(
     loss_type: str,
     clip_eps: tuple[float, float],
     dual_clip: float | None,
@@ -64,8 +72,8 @@ def _check_options(
     is_cap: float | None,
     loss_agg_mode: str | None,
     max_length: int | None,
+    op: str = "policy_loss",
 ) -> None:
-    op = "policy_loss"
     checks.one_of(op, "loss_type", loss_type, tuple(AGGREGATION))
     checks.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
     checks.one_of(op, "is_mode", is_mode, ("truncate", "mask"))
@@ -84,7 +92,7 @@ def _check_options(
             checks.bad_value(op, "dual_clip", "> 1", dual_clip)
 
 
-def _policy_term(
+def policy_term(
     loss_type: str,
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -103,6 +111,25 @@ def _policy_term(
     else:
         ratio = reference.token_ratio(logprobs, old_logprobs)
     return reference.clipped(ratio, advantages, *clip_eps, dual_clip)
+
+
+def policy_slope(
+    loss_type: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_eps: tuple[float, float],
+    dual_clip: float | None,
+) -> Tensor:
+    """d policy_term / d logprobs, of the types whose token does not depend on the others."""
+    if loss_type in ("reinforce", "rloo"):
+        return -advantages
+    log_ratio = logprobs - old_logprobs
+    ratio = reference.token_ratio(logprobs, old_logprobs)
+    if loss_type == "cispo":
+        return -ratio.clamp(1 - clip_eps[0], 1 + clip_eps[1]) * advantages
+    slope = reference.clipped_slope(ratio, advantages, *clip_eps, dual_clip)
+    return slope * reference.exp_slope(log_ratio)
 
 
 def policy_loss(
@@ -179,26 +206,26 @@ def policy_loss(
     checks.floating("policy_loss", "logprobs", logprobs)
     checks.shape("policy_loss", "logprobs", logprobs, (None, None), "[B, T]")
     clip_eps = (clip_eps_low, clip_eps_low if clip_eps_high is None else clip_eps_high)
-    _check_options(
+    check_options(
         loss_type, clip_eps, dual_clip, kl_estimator, is_mode, is_cap, loss_agg_mode, max_length
     )
-    keep = _keep(logprobs, mask)
-    logprobs = _per_token("logprobs", logprobs, keep)
-    advantages = _per_token("advantages", advantages, keep, per_sequence=True).detach()
-    old = logprobs if old_logprobs is None else _per_token("old_logprobs", old_logprobs, keep)
-    loss = _policy_term(loss_type, logprobs, old.detach(), advantages, keep, clip_eps, dual_clip)
+    keep = kept(logprobs, mask, "logprobs", "policy_loss")
+    logprobs = per_token("logprobs", logprobs, keep)
+    advantages = per_token("advantages", advantages, keep, per_sequence=True).detach()
+    old = logprobs if old_logprobs is None else per_token("old_logprobs", old_logprobs, keep)
+    loss = policy_term(loss_type, logprobs, old.detach(), advantages, keep, clip_eps, dual_clip)
     if is_ratio is not None:
-        ratio = _per_token("is_ratio", is_ratio, keep, per_sequence=True)
+        ratio = per_token("is_ratio", is_ratio, keep, per_sequence=True)
         loss = loss * reference.importance(ratio, is_mode, is_cap)
     if kl_coef:
         if ref_logprobs is None:
             checks.bad_value("policy_loss", "ref_logprobs", "given with kl_coef", None)
-        ref = _per_token("ref_logprobs", ref_logprobs, keep).detach()
+        ref = per_token("ref_logprobs", ref_logprobs, keep).detach()
         loss = loss + kl_coef * reference.kl(logprobs, ref, kl_estimator)
     if entropy_coef:
         if entropy is None:
             checks.bad_value("policy_loss", "entropy", "given with entropy_coef", None)
-        loss = loss - entropy_coef * _per_token("entropy", entropy, keep)
+        loss = loss - entropy_coef * per_token("entropy", entropy, keep)
     mode = AGGREGATION[loss_type] if loss_agg_mode is None else loss_agg_mode
     return reference.aggregate(loss, keep, mode, max_length)
 

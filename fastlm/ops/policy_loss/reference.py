@@ -45,6 +45,32 @@ def clipped(
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
+def clipped_slope(
+    ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None
+) -> Tensor:
+    """d clipped / d ratio."""
+    free = ratio * advantages <= ratio.clamp(1 - low, 1 + high) * advantages
+    if dual_clip is not None:
+        free &= (advantages >= 0) | (ratio <= dual_clip)
+    return torch.where(free, -advantages, 0.0)
+
+
+def exp_slope(log_ratio: Tensor) -> Tensor:
+    """d exp(min(log_ratio, MAX_LOG_RATIO)) / d log_ratio."""
+    return torch.where(log_ratio <= MAX_LOG_RATIO, log_ratio.clamp(max=MAX_LOG_RATIO).exp(), 0.0)
+
+
+def kl_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """d kl / d logprobs."""
+    if estimator == "k1":
+        return torch.ones_like(logprobs)
+    if estimator == "k2":
+        return logprobs - ref_logprobs
+    difference = ref_logprobs - logprobs
+    slope = -torch.expm1(difference.clamp(max=MAX_LOG_RATIO))
+    return torch.where(difference <= MAX_LOG_RATIO, slope, 0.0)
+
+
 def importance(ratio: Tensor, mode: str, cap: float | None) -> Tensor:
     """Weights of the policy term; no gradient."""
     ratio = ratio.detach()
@@ -65,3 +91,20 @@ def aggregate(values: Tensor, keep: Tensor, mode: str, max_length: int | None) -
     if mode == "seq-mean-token-mean":
         return (values.sum(-1) / count.clamp(min=1)).sum() / sequences
     return values.sum() / sequences  # seq-mean-token-sum
+
+
+def token_weights(keep: Tensor, mode: str, max_length: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, T]: what `aggregate` multiplies each token's value with."""
+    rows, columns = keep.shape
+    count = keep.sum(-1, keepdim=True)
+    sequences = (count > 0).sum().clamp(min=1)
+    if mode == "token-mean":
+        share = 1 / keep.sum().clamp(min=1).to(dtype)
+    elif mode == "seq-mean-token-sum-norm":
+        length = columns if max_length is None else max_length
+        share = torch.full((), 1 / max(1, rows * length), dtype=dtype, device=keep.device)
+    elif mode == "seq-mean-token-mean":
+        share = 1 / (count.clamp(min=1) * sequences).to(dtype)
+    else:  # seq-mean-token-sum
+        share = 1 / sequences.to(dtype)
+    return torch.where(keep, share, 0.0)

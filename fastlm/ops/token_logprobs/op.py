@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import checks
 from ..cross_entropy.loss import scores
-from ..linear_cross_entropy.options import chunk_bytes
+from ..linear_cross_entropy.options import accumulator, chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import Compared
 from ..row_statistics.op import Statistics, Wanted, row_statistics
@@ -150,6 +150,7 @@ def linear_token_logprobs(
         wanted=Wanted(entropy=return_entropy, sum_sq=return_sum_sq, argmax=return_argmax),
         max_bytes=chunk_bytes(op, options, rows.input, linear_weight),
         caller=op,
+        into=accumulator(op, options, rows.input, linear_weight),
     )
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 

@@ -1,0 +1,277 @@
+"""`policy_loss` of a linear layer's output, with its gradient taken while the logits are there.
+
+The weight of a token in the result follows from the mask alone, and its loss from its own
+log-prob and entropy. So one loop computes a chunk of logits, the statistics of its rows, their
+losses and at once their share of the gradients of input, weight and bias: 6 N H V operations
+where `policy_loss(linear_token_logprobs(...))`, which computes the logits again, takes 8. With a
+frozen head (no gradient of weight and bias) it is 4. On a CPU rows outside the mask are left out
+of every product, and rows whose gradient is zero (clipped, or without advantage) out of those of
+the gradient. gspo needs the whole sequence before any token's loss, and
+`grad_accum_into` must not be written to before the backward: they are that composition.
+
+Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the gradients, which
+the backward hands out once, scaled by the upstream gradient; a second backward computes them
+again.
+
+Backends: those of `linear_row_statistics`, which has the loop. A `row_loss` cannot pass through a
+torch op: it runs the same loop beneath an autograd.Function alone, in eager mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks, dispatch, library
+from ..cross_entropy.loss import scores
+from ..linear_cross_entropy.options import accumulator, chunk_bytes
+from ..linear_row_statistics import op as linear
+from ..linear_row_statistics import schedule
+from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
+from ..policy_loss import op as policy
+from ..row_statistics.op import Upstream, Wanted, result_dtype
+from ..token_logprobs.op import linear_token_logprobs
+from .terms import OP, Options, RowLoss, RowLosses, Terms, checked_options, terms_of
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    input, needs, entropy = args[0], args[21:24], args[18] != 0
+    rows, dtype = input.shape[0], result_dtype(input)
+    differentiated = rows if any(needs) else 0
+    sizes = (
+        rows,
+        rows if entropy else 0,
+        rows,
+        rows,
+        differentiated,
+        differentiated if entropy else 0,
+    )
+    per_row = tuple(input.new_empty(size, dtype=dtype) for size in sizes)
+    return *per_row, *linear.empty_gradients(Layer(*args[:3]), needs)
+
+
+_forward = library.define(
+    OP,
+    "forward",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, int ignore_index, "
+    "float scale, float softcap, Tensor row_weight, Tensor? advantages, Tensor? old_logprobs, "
+    "Tensor? ref_logprobs, Tensor? importance, str loss_type, float clip_eps_low, "
+    "float clip_eps_high, float? dual_clip, float kl_coef, str kl_estimator, float entropy_coef, "
+    f"SymInt max_bytes, str caller, {linear.NEEDS_ARGUMENTS}) -> (Tensor losses, Tensor entropy, "
+    f"Tensor row_max, Tensor log_sum, Tensor on_logprob, Tensor on_entropy, {linear.GRADIENTS})",
+    _fake,
+    check=linear.check_target,
+)
+
+
+def _run(kernels: RowKernels, *args: Any, row_loss: RowLoss | None = None) -> tuple[Tensor, ...]:
+    layer, compared = Layer(*args[:3]), Compared(args[3], None, *args[4:7])
+    terms, needs = Terms(*args[7:19]), Needs(*args[21:24])
+    wanted = Wanted(entropy=row_loss is not None or terms.entropy_coef != 0)
+    out = linear.empty_statistics(layer.input, compared.target, wanted)
+    rows = RowLosses(terms, layer.input, row_loss, needs)
+    chunk = linear.chunk_of(layer, args[19])
+    found = schedule.forward(kernels, layer, compared, wanted, chunk, out, rows.upstream, needs)
+    return rows.losses, out[2], out[6], out[7], rows.on_logprob, rows.on_entropy, *found
+
+
+linear.register(OP, _run)
+
+
+def _with_row_loss(row_loss: RowLoss, *args: Any) -> tuple[Tensor, ...]:
+    """What the torch op does, for a callable."""
+    named = {
+        "input": args[0],
+        "linear_weight": args[1],
+        "target": args[3],
+        "ignore_index": args[4],
+        "caller": args[20],
+    }
+    linear.check_target(named)
+    return dispatch.select(OP, "forward", named)(*args, row_loss=row_loss)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, row_loss: RowLoss | None, *args: Any) -> Tensor:
+        out = _forward(*args) if row_loss is None else _with_row_loss(row_loss, *args)
+        losses, *statistics = out[:6]
+        ctx.options, ctx.max_bytes, ctx.needs = args[4:7], args[19], Needs(*args[21:24])
+        gradients = [g if need else None for g, need in zip(out[6:], ctx.needs, strict=True)]
+        # a compiled graph has no state to hand the gradients out once: it saves and multiplies
+        ctx.gradients = None if torch.compiler.is_compiling() else gradients
+        saved = gradients if torch.compiler.is_compiling() else (None, None, None)
+        ctx.uses_entropy = row_loss is not None or args[18] != 0
+        ctx.save_for_backward(*args[:4], *saved, *statistics)
+        return losses.sum()
+
+    @staticmethod
+    @library.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        layer, target = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3]
+        nothing = (None,) * 21
+        traced = ctx.saved_tensors[4:7]
+        if any(g is not None for g in traced):
+            return None, *(None if g is None else g * dloss for g in traced), *nothing
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None:
+            return None, *linear.scaled(gradients, dloss), *nothing
+        entropy, row_max, log_sum, on_logprob, on_entropy = ctx.saved_tensors[7:]
+        none = entropy.new_empty(0)
+        upstream = Upstream(
+            logprob=on_logprob * dloss, entropy=on_entropy * dloss if ctx.uses_entropy else None
+        )
+        saved = (row_max, log_sum, entropy, none, none)
+        compared = Compared(target, None, *ctx.options)
+        found = linear.gradients(layer, compared, saved, upstream, ctx.needs, ctx.max_bytes)
+        return None, *found, *nothing
+
+
+def linear_policy_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    advantages: Tensor | None,
+    *,
+    linear_bias: Tensor | None = None,
+    row_loss: RowLoss | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    loss_type: str = "reinforce",
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    is_ratio: Tensor | None = None,
+    is_mode: str = "truncate",
+    is_cap: float | None = None,
+    loss_agg_mode: str | None = "token-mean",
+    max_length: int | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcapping: float | None = None,
+    options: Any = None,
+) -> Tensor:
+    """Policy-gradient loss of a linear layer's output, without ever holding its logits.
+
+    Same as, with the log-probs and the entropy of `linear_token_logprobs`:
+        policy_loss(logprobs, advantages, entropy=entropy, old_logprobs=old_logprobs, ...)
+
+    but in 3/4 of the operations (half with a frozen head), because the gradient is taken in the
+    forward, while the logits are there; gspo, whose ratio needs the whole sequence, excepted.
+
+    Args:
+        input: [B, T, H], any float dtype.
+        linear_weight: [V, H], dtype of `input`.
+        target: [B, T], any integer dtype: the sampled tokens, each in [0, V). `ignore_index` takes
+            the token out like `mask`; behind the mask anything may stand.
+        advantages: [B] or [B, T]. No gradient.
+        linear_bias: [V], dtype of `input`.
+        row_loss: in place of the loss types, a function of (logprobs [n], entropy [n], rows [n])
+            for some of the B * T tokens, `rows` their numbers in flattened order, that returns the
+            loss of each, [n]. It is differentiated by its first two arguments inside; a tensor it
+            holds gets no gradient. `advantages`, which it may hold itself, is not used and may be
+            None; mask, loss_agg_mode and max_length hold. Eager mode only.
+        mask ... max_length: see `policy_loss`; the entropy is computed here.
+        ignore_index ... logit_softcapping, options: see `linear_token_logprobs`.
+
+    Returns:
+        [], float32, or float64 for float64 `input`.
+
+    Raises:
+        As `policy_loss` and `linear_token_logprobs`.
+    """
+    layer = linear.checked_layer(OP, input, linear_weight, linear_bias)
+    checks.shape(OP, "input", input, (None, None, None), "[B, T, H]")
+    checks.integer(OP, "target", target)
+    checks.shape(OP, "target", target, input.shape[:2], "one per row of input")
+    checks.same_device(OP, "target", target, "input", input)
+    scale, softcap = scores(OP, temperature, logit_scale, logit_softcapping)
+    chosen = checked_options(
+        Options(
+            old_logprobs,
+            ref_logprobs,
+            mask,
+            loss_type,
+            clip_eps_low,
+            clip_eps_high,
+            dual_clip,
+            kl_coef,
+            kl_estimator,
+            entropy_coef,
+            is_ratio,
+            is_mode,
+            is_cap,
+            loss_agg_mode,
+            max_length,
+        ),
+        row_loss,
+    )
+    target = target.long()
+    keep = policy.kept(target, mask, "target", OP) & (target != ignore_index)
+    target = torch.where(keep, target, ignore_index)
+    call = (layer, target, ignore_index, scale, softcap, options)
+    into = accumulator(OP, options, input, linear_weight)
+    if into is not None and row_loss is not None:
+        checks.bad_value(OP, "options.grad_accum_into", "None with row_loss", "a tensor")
+    if loss_type == "gspo" or into is not None:
+        return _composition(*call, advantages, keep, chosen)
+    return _in_chunks(*call, advantages, keep, chosen, row_loss)
+
+
+def _in_chunks(
+    layer: Layer,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    options: Any,
+    advantages: Tensor | None,
+    keep: Tensor,
+    chosen: Options,
+    row_loss: RowLoss | None,
+) -> Tensor:
+    rows = layer._replace(input=layer.input.reshape(-1, layer.input.shape[-1]))
+    dtype = result_dtype(layer.input)
+    terms = terms_of(advantages, keep, chosen, dtype, row_loss is not None)
+    enabled = torch.is_grad_enabled()
+    needs = Needs(*(enabled and x is not None and x.requires_grad for x in rows))
+    max_bytes = chunk_bytes(OP, options, rows.input, rows.weight)
+    compared = (target.reshape(-1), ignore_index, scale, softcap)
+    return _LinearPolicyLoss.apply(row_loss, *rows, *compared, *terms, max_bytes, OP, *needs)
+
+
+def _composition(
+    layer: Layer,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    options: Any,
+    advantages: Tensor | None,
+    keep: Tensor,
+    chosen: Options,
+) -> Tensor:
+    """Two passes: the log-probs, then the loss; the backward computes the logits again."""
+    checks.tensor(OP, "advantages", advantages)
+    assert advantages is not None
+    found = linear_token_logprobs(
+        layer.input,
+        layer.weight,
+        target,
+        linear_bias=layer.bias,
+        ignore_index=ignore_index,
+        logit_scale=scale,
+        logit_softcapping=softcap or None,
+        return_entropy=chosen.entropy_coef != 0,
+        options=options,
+    )
+    logprobs, entropy = (found, None) if isinstance(found, Tensor) else found[:2]
+    shared = chosen._replace(mask=keep)._asdict()
+    return policy.policy_loss(logprobs, advantages, entropy=entropy, **shared)
