@@ -183,19 +183,21 @@ def peak_bytes(call: Callable[[], object]) -> int:
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference's kernels hold more")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dead", [0, 500])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("budget", [MIB // 4, MIB // 2, MIB, 2 * MIB, 5 * MIB, 9 * MIB])
-def test_workspace_stays_within_the_budget(dtype, dead, budget):
+def test_workspace_stays_within_the_budget(dtype, dead, weighted, budget):
     rows, classes, features = 1000, 6000, 24
     x = torch.randn(rows, features).to(dtype).requires_grad_()
     w = torch.randn(classes, features).to(dtype).requires_grad_()
     target = torch.randint(0, classes, (rows,))
     target[:dead] = -100
     options = fastlm.LinearCrossEntropyOptions(max_memory_bytes=budget)
+    # a third of the rows moves within each chunk
+    weight = (torch.arange(rows) % 3 != 0).float() if weighted else None
 
     def call():
-        return torch.autograd.grad(
-            fastlm.linear_cross_entropy(x, w, target, options=options), (x, w)
-        )
+        loss = fastlm.linear_cross_entropy(x, w, target, options=options, token_weight=weight)
+        return torch.autograd.grad(loss, (x, w))
 
     tiles = chunk_of(Layer(x, w, None), budget).tile_bytes > 0
     gradients = (x.numel() + w.numel()) * x.itemsize
@@ -239,27 +241,28 @@ def test_ignored_rows_are_left_out(backend, reduction, dead, monkeypatch):
     assert sum(products) == passes * (N - dead if dead > 1 else N)
 
 
-def test_rows_of_weight_zero_are_left_out_of_the_gradient(backend, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_weight_zero_are_left_out_of_the_gradient(backend, dtype, monkeypatch):
     monkeypatch.setattr(chunks, "_MOVE_COST", 0)
     rows = []
     add = chunks._Gradients.add
     monkeypatch.setattr(
         chunks._Gradients, "add", lambda s, d, span: rows.append(len(d)) or add(s, d, span)
     )
-    *layer, target = make()
-    weight = torch.rand(N) * (torch.arange(N) % 3 == 0)
-    leaves = [v.requires_grad_() for v in layer]
-    call = {"token_weight": weight, "label_smoothing": 0.1}
+    *layer, target = make(dtype)
+    weight = torch.rand(N, dtype=torch.float64) * (torch.arange(N) % 3 == 0)
     small = fastlm.LinearCrossEntropyOptions(batch_chunk_size=5)
-    got = torch.autograd.grad(
-        fastlm.linear_cross_entropy(
-            *leaves[:2], target, linear_bias=leaves[2], options=small, **call
-        ),
-        leaves,
-    )
-    want = torch.autograd.grad(fastlm.cross_entropy(F.linear(*leaves), target, **call), leaves)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+
+    def run(x, w, b):
+        call = {"token_weight": weight, "label_smoothing": 0.1, "options": small}
+        return fastlm.linear_cross_entropy(x, w, target, linear_bias=b, **call)
+
+    def plain(x, w, b):
+        logits = F.linear(*wide(x, w, b))
+        loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+        return (loss * weight.to(loss.dtype)).sum() / (target != -100).sum()
+
+    check(run, plain, layer)
     assert sum(rows) == int((weight[target != -100] != 0).sum())
 
 

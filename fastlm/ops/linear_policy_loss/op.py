@@ -4,10 +4,11 @@ The weight of a token in the result follows from the mask alone, and its loss fr
 log-prob and entropy. So one loop computes a chunk of logits, the statistics of its rows, their
 losses and at once their share of the gradients of input, weight and bias: 6 N H V operations
 where `policy_loss(linear_token_logprobs(...))`, which computes the logits again, takes 8. With a
-frozen head (no gradient of weight and bias) it is 4. On a CPU rows outside the mask are left out
-of every product, and rows whose gradient is zero (clipped, or without advantage) out of those of
-the gradient. gspo needs the whole sequence before any token's loss, and
-`grad_accum_into` must not be written to before the backward: they are that composition.
+frozen head (no gradient of weight and bias) it is 4 against 6. On a CPU rows outside the mask are
+left out of every product, and rows whose gradient is zero (clipped, or without advantage) out of
+those of the gradient. gspo needs the whole sequence before any token's loss, and `grad_accum_into`
+must not be written to before the backward: they are that composition. So is a budget too small for
+whole rows, in cost (`slices.py`).
 
 Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the gradients, which
 the backward hands out once, scaled by the upstream gradient; a second backward computes them
@@ -163,7 +164,7 @@ def linear_policy_loss(
     Same as, with the log-probs and the entropy of `linear_token_logprobs`:
         policy_loss(logprobs, advantages, entropy=entropy, old_logprobs=old_logprobs, ...)
 
-    but in 3/4 of the operations (half with a frozen head), because the gradient is taken in the
+    but in 3/4 of the operations (2/3 with a frozen head), because the gradient is taken in the
     forward, while the logits are there; gspo, whose ratio needs the whole sequence, excepted.
 
     Args:
