@@ -8,9 +8,19 @@ from .ops.cross_entropy.op import cross_entropy
 from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
+from .ops.linear_kl_div.op import linear_kl_div
 from .ops.linear_policy_loss.op import linear_policy_loss
+from .ops.linear_topk_kl_div.op import linear_topk_kl_div
 from .ops.policy_loss.advantages import gae, group_advantages, leave_one_out_advantages
 from .ops.policy_loss.op import kl_estimate, policy_loss
+from .ops.preference.op import (
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    reward_loss,
+    simpo_loss,
+)
 from .ops.sampling.op import sample
 from .ops.token_logprobs.op import (
     TokenLogprobs,
@@ -28,7 +38,9 @@ __all__ = [
     "TokenPlan",
     "attention",
     "backends",
+    "cpo_loss",
     "cross_entropy",
+    "dpo_loss",
     "embedding_gru",
     "entropy",
     "explain",
@@ -36,13 +48,19 @@ __all__ = [
     "group_advantages",
     "gru",
     "kl_estimate",
+    "kto_loss",
     "leave_one_out_advantages",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "linear_topk_kl_div",
     "nn",
+    "orpo_loss",
     "policy_loss",
+    "reward_loss",
     "sample",
+    "simpo_loss",
     "token_logprobs",
     "token_plan",
     "use_backend",

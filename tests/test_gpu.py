@@ -51,6 +51,18 @@ def entropy(logits: Tensor) -> Tensor:
     return -(scores.exp() * scores).sum(-1)
 
 
+def distillation(x: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+    log_q = functional.linear(x, weight).log_softmax(-1)
+    log_p = functional.linear(teacher, teacher_weight).log_softmax(-1)
+    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def top_distillation(x: Tensor, weight: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
+    q = functional.linear(x, weight).softmax(-1).gather(-1, ids)
+    q, p = (torch.cat((v, 1 - v.sum(-1, keepdim=True)), -1) for v in (q, scores.exp()))
+    return functional.kl_div(q.log(), p, reduction="batchmean")
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
@@ -95,6 +107,16 @@ OPS = {
         lambda: [randn(5, 7), randn(33, 7), TARGET],
         lambda x, weight, target: fastlm.linear_token_logprobs(x, weight, target),
         lambda x, weight, target: logprobs(functional.linear(x, weight), target),
+    ),
+    "linear_kl_div": Op(
+        lambda: [randn(5, 7), randn(33, 7), randn(5, 6), randn(33, 6)],
+        lambda x, weight, *teacher: fastlm.linear_kl_div(x, weight, *(t.detach() for t in teacher)),
+        lambda x, weight, *teacher: distillation(x, weight, *(t.detach() for t in teacher)),
+    ),
+    "linear_topk_kl_div": Op(
+        lambda: [randn(5, 7), randn(33, 7), *randn(5, 33).log_softmax(-1).topk(4)],
+        lambda x, weight, scores, ids: fastlm.linear_topk_kl_div(x, weight, scores.detach(), ids),
+        lambda x, weight, scores, ids: top_distillation(x, weight, scores.detach(), ids),
     ),
     "entropy": Op(lambda: [randn(5, 33)], lambda logits: fastlm.entropy(logits), entropy),
     "attention": Op(

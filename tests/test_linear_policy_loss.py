@@ -174,13 +174,13 @@ def test_dtypes(backend, dtype, loss_type):
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_without_gradient_are_left_out(backend, what, bias, monkeypatch):
     rows = []
-    add = chunks._Gradients.add
+    add = chunks.Gradients.add
 
     def counted(self, dlogits, span):
         rows.append(len(dlogits))
         add(self, dlogits, span)
 
-    monkeypatch.setattr(chunks._Gradients, "add", counted)
+    monkeypatch.setattr(chunks.Gradients, "add", counted)
     monkeypatch.setattr(chunks, "_MOVE_COST", 0)  # worth it however short a row of the input is
     values = layer(torch.float32)
     values[2] = values[2] if bias else None

@@ -209,14 +209,14 @@ def test_workspace_stays_within_the_budget(dtype, dead, weighted, budget):
 @pytest.mark.parametrize("dead", [0, 1, 12, N])
 def test_ignored_rows_are_left_out(backend, reduction, dead, monkeypatch):
     products = []
-    logits = chunks._Products.logits
+    logits = chunks.Products.logits
 
     def counted(self, span):
         out = logits(self, span)
         products.append(len(out))
         return out
 
-    monkeypatch.setattr(chunks._Products, "logits", counted)
+    monkeypatch.setattr(chunks.Products, "logits", counted)
     *layer, target = make(dead=0)
     target[torch.randperm(N)[:dead]] = -100
     names = ("entropy", "lse", "argmax")
@@ -245,9 +245,9 @@ def test_ignored_rows_are_left_out(backend, reduction, dead, monkeypatch):
 def test_rows_of_weight_zero_are_left_out_of_the_gradient(backend, dtype, monkeypatch):
     monkeypatch.setattr(chunks, "_MOVE_COST", 0)
     rows = []
-    add = chunks._Gradients.add
+    add = chunks.Gradients.add
     monkeypatch.setattr(
-        chunks._Gradients, "add", lambda s, d, span: rows.append(len(d)) or add(s, d, span)
+        chunks.Gradients, "add", lambda s, d, span: rows.append(len(d)) or add(s, d, span)
     )
     *layer, target = make(dtype)
     weight = torch.rand(N, dtype=torch.float64) * (torch.arange(N) % 3 == 0)

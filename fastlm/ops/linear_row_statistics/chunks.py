@@ -139,7 +139,7 @@ def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
     return Chunk(chunk_rows(rows, width, item, room - slice_bytes, device), slice_bytes)
 
 
-class _Products:
+class Products:
     """The three products of the layer with one chunk, in the accumulator's dtype."""
 
     def __init__(self, layer: Layer, chunk: Chunk) -> None:
@@ -195,10 +195,10 @@ class _Products:
         return logits[: len(live)]
 
 
-class _Gradients:
+class Gradients:
     """Sums of the gradients over the chunks; None where one is not needed."""
 
-    def __init__(self, products: _Products, needs: Needs, into: Tensor | None = None) -> None:
+    def __init__(self, products: Products, needs: Needs, into: Tensor | None = None) -> None:
         layer = products.layer
         self.products = products
         self.started = False
@@ -286,8 +286,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `schedule.py`."""
     rows = len(layer.input)
-    products = _Products(layer, chunk)
-    gradients = _Gradients(products, needs)
+    products = Products(layer, chunk)
+    gradients = Gradients(products, needs)
     live = few(rows, compared.live())
     if live is not None:
         clear_statistics(out)
@@ -316,7 +316,7 @@ def clear_statistics(out: tuple[Tensor, ...]) -> None:
 
 def _add_chunk(
     kernels: RowKernels,
-    gradients: _Gradients,
+    gradients: Gradients,
     logits: Tensor,
     span: Span,
     compared: Compared,
@@ -349,8 +349,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `schedule.py`."""
     rows = len(layer.input)
-    products = _Products(layer, chunk)
-    gradients = _Gradients(products, needs, into)
+    products = Products(layer, chunk)
+    gradients = Gradients(products, needs, into)
     live = few(rows, compared.live(factors))
     if live is not None:
         gradients.clear(slice(None))

@@ -273,26 +273,32 @@ def linear_row_statistics(
 
 
 def checked_layer(
-    op: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+    op: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
 ) -> Layer:
-    """input [..., H], as it is; under autocast all three in its dtype, as for `F.linear`."""
-    checks.floating(op, "input", input)
-    checks.floating(op, "linear_weight", linear_weight)
+    """input [..., H], as it is; under autocast all three in its dtype, as for `F.linear`. `names`
+    are the caller's, for the messages."""
+    of_input, of_weight, of_bias = names
+    checks.floating(op, of_input, input)
+    checks.floating(op, of_weight, linear_weight)
     if input.dim() == 0:
-        checks.bad_value(op, "input", "[..., H]", "no dimension")
-    checks.shape(op, "linear_weight", linear_weight, [None, input.shape[-1]], "[V, H]")
+        checks.bad_value(op, of_input, "[..., H]", "no dimension")
+    checks.shape(op, of_weight, linear_weight, [None, input.shape[-1]], "[V, H]")
     if linear_weight.shape[0] == 0:
-        checks.bad_value(op, "linear_weight", "of at least one class", list(linear_weight.shape))
-    checks.same_device(op, "linear_weight", linear_weight, "input", input)
+        checks.bad_value(op, of_weight, "of at least one class", list(linear_weight.shape))
+    checks.same_device(op, of_weight, linear_weight, of_input, input)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-    checks.same_dtype(op, "linear_weight", linear_weight, "input", input)
+    checks.same_dtype(op, of_weight, linear_weight, of_input, input)
     if linear_bias is not None:
-        checks.floating(op, "linear_bias", linear_bias)
-        checks.shape(op, "linear_bias", linear_bias, [linear_weight.shape[0]], "[V]")
-        checks.same_dtype(op, "linear_bias", linear_bias, "input", input)
-        checks.same_device(op, "linear_bias", linear_bias, "input", input)
+        checks.floating(op, of_bias, linear_bias)
+        checks.shape(op, of_bias, linear_bias, [linear_weight.shape[0]], "[V]")
+        checks.same_dtype(op, of_bias, linear_bias, of_input, input)
+        checks.same_device(op, of_bias, linear_bias, of_input, input)
     return Layer(input, linear_weight, linear_bias)
