@@ -147,6 +147,11 @@ def _kernels_refuse(input: Tensor, **_: Any) -> str | None:
     return None
 
 
+def _triton_refuses(input: Tensor, linear_weight: Tensor, **_: Any) -> str | None:
+    too_large = rows_op.triton_refuses_size(input.shape[0], linear_weight.shape[0])
+    return _kernels_refuse(input) or too_large
+
+
 _TRITON = RowKernels(
     rows_op.triton_forward, functools.partial(_in_place_backward, rows_op.triton_backward_into)
 )
@@ -169,7 +174,7 @@ def register(
         backward and functools.partial(backward, _TRITON),
         devices=triton_backend.devices,
         unavailable=triton_backend.unavailable,
-        refuses=_kernels_refuse,
+        refuses=_triton_refuses,
         proven=False,
     )
     dispatch.register(

@@ -248,14 +248,17 @@ def triton_backward_into(dlogits: Tensor, *args: Any) -> None:
     triton_kernels.backward_into(dlogits, *args)
 
 
+def triton_refuses_size(rows: int, classes: int) -> str | None:
+    # a column is an int32; a grid has less than 2^31 programs, of 128 columns at least
+    if classes >= 2**30 or rows * (1 + classes // 128) >= 2**31:
+        return f"takes fewer than 2^30 classes and 2^38 logits, not {[rows, classes]}"
+    return None
+
+
 def _triton_refuses(logits: Tensor, **_: Any) -> str | None:
     if logits.dtype == torch.float64:
         return "takes float32, bfloat16 and float16, not float64"
-    rows, classes = logits.shape
-    # a column is an int32; the backward's grid has a program for every 128 columns at least
-    if classes >= 2**30 or rows * (1 + classes // 128) >= 2**31:
-        return f"takes fewer than 2^30 classes and 2^38 logits, not {list(logits.shape)}"
-    return None
+    return triton_refuses_size(*logits.shape)
 
 
 dispatch.register(
