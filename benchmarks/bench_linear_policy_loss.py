@@ -19,19 +19,23 @@ def make(batch: int, length: int, features: int, classes: int) -> Callable[[str]
         hidden = torch.randn(batch, length, features, device=device)
         weight = torch.randn(classes, features, device=device) * features**-0.5
         target = torch.randint(classes, (batch, length), device=device)
-        return hidden, weight, target, torch.randn(batch, length, device=device)
+        # an integer: every float argument of a case gets a gradient
+        rewarded = torch.randint(2, (batch, length), device=device)
+        return hidden, weight, target, rewarded
 
     return build
 
 
-def plain(hidden: Tensor, weight: Tensor, target: Tensor, advantages: Tensor) -> Tensor:
+def plain(hidden: Tensor, weight: Tensor, target: Tensor, rewarded: Tensor) -> Tensor:
+    advantages = 2 * rewarded.to(hidden.dtype) - 1
     logprobs = fastlm.linear_token_logprobs(hidden, weight, target)
     assert isinstance(logprobs, Tensor)
-    return fastlm.policy_loss(logprobs, advantages.detach(), **LOSS)  # type: ignore[arg-type]
+    return fastlm.policy_loss(logprobs, advantages, **LOSS)  # type: ignore[arg-type]
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor, advantages: Tensor) -> Tensor:
-    call = (hidden, weight, target, advantages.detach())
+def ours(hidden: Tensor, weight: Tensor, target: Tensor, rewarded: Tensor) -> Tensor:
+    advantages = 2 * rewarded.to(hidden.dtype) - 1
+    call = (hidden, weight, target, advantages)
     return fastlm.linear_policy_loss(*call, **LOSS)  # type: ignore[arg-type]
 
 
