@@ -287,6 +287,28 @@ def large_logits_and_certain_rows():
 
 
 @case
+def the_rest_of_a_certain_row_is_not_lost():
+    logits, size = torch.zeros(1, 24), 24 // dist.get_world_size()
+    logits[0, :size] = -math.inf  # within a part the kernel sums in float32
+    logits[0, 0] = 20.0
+    part, target = Part(24, "equal"), torch.tensor([0])
+    logprob = fastlm.token_logprobs(part.of(logits), target, **part.options)
+    rest = (24 - size) * math.exp(-20.0)  # less than the spacing of float32 at 1
+    assert abs(float(logprob) + rest) < 1e-6 * rest
+
+
+@case
+def nan_in_a_weight_is_the_argmax():
+    part = Part(24, "equal")
+    input, weight, _, target = linear_arguments(torch.float32, 24)
+    weight[20] = math.nan
+    options = {"return_argmax": True, **part.options}
+    got = fastlm.linear_token_logprobs(input, part.of(weight, 0), target, **options)
+    want = fastlm.linear_token_logprobs(input, weight, target, return_argmax=True)
+    assert torch.equal(got.argmax, want.argmax) and got.argmax.max() == 20
+
+
+@case
 def infinities_and_nan():
     part = Part(24, "equal")
     size = 24 // dist.get_world_size()
