@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm import extension
+from fastlm import dispatch, extension
 
 ROOT = Path(__file__).resolve().parent.parent
 built = pytest.mark.skipif(
@@ -187,3 +187,10 @@ def test_builds_without_ninja(source: Path) -> None:
     result = run([sys.executable, "-c", code], source)
     assert result.returncode == 0, result.stderr
     assert (source / "fastlm" / "_C.so").stat().st_size > 0
+
+
+def test_the_tree_under_test_has_its_kernels() -> None:
+    """Without them every test of the cpu backend would quietly not be there."""
+    assert extension.unavailable is None
+    for op in ("row_statistics", "embedding_gru", "gru", "sample", "linear_cross_entropy"):
+        assert "cpu" in dispatch.ready(op)

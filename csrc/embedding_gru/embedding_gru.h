@@ -17,6 +17,10 @@
 
 namespace fastlm {
 
+// extra floats per row of the workspace: rows of equal power-of-two stride would fall into the same
+// cache sets
+constexpr int64_t kSkew = 16;
+
 struct GruShape {
   int64_t batch, steps, hidden;
   int64_t batch_stride, step_stride;

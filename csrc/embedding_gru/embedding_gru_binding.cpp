@@ -10,7 +10,6 @@ namespace fastlm {
 namespace {
 
 constexpr int64_t kMaxLanes = 16;
-constexpr int64_t kSkew = 16;
 
 int64_t padded(int64_t hidden) { return (hidden + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 

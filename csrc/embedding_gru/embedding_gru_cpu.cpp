@@ -20,8 +20,6 @@ constexpr int kVectors = 3;
 constexpr int kBiasSums = 2 * kGates;
 // tokens added up in plain float32 before they join the compensated sum over all tokens
 constexpr int64_t kBiasTokens = 32;
-// rows of equal power-of-two stride would fall into the same cache sets
-constexpr int64_t kSkew = 16;
 
 FASTLM_INLINE int64_t vectors(int64_t hidden) { return (hidden + kLanes - 1) / kLanes; }
 

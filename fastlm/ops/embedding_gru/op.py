@@ -194,8 +194,8 @@ class EmbeddingGRULayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         tensors, how, save = args[:10], args[10:14], args[14]
-        ctx.needs = (any(ctx.needs_input_grad), save)
-        output, h_n, gates = _embedding_forward(*tensors, *how, ctx.needs[0] and save == "gates")
+        keep = any(ctx.needs_input_grad) and save == "gates"
+        output, h_n, gates = _embedding_forward(*tensors, *how, keep)
         ctx.save_for_backward(*tensors, output, gates)
         ctx.how = how
         return output, h_n
@@ -219,9 +219,8 @@ class GRULayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         tensors, how, save = args[:7], args[7:9], args[9]
-        output, h_n, gates = _gru_forward(
-            *tensors, *how, any(ctx.needs_input_grad) and save == "gates"
-        )
+        keep = any(ctx.needs_input_grad) and save == "gates"
+        output, h_n, gates = _gru_forward(*tensors, *how, keep)
         ctx.save_for_backward(*tensors, output, gates)
         ctx.how = how
         return output, h_n
