@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -31,6 +32,35 @@ def ours(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor
     return fastlm.linear_cross_entropy(hidden, weight, target, linear_bias=bias)
 
 
+def chunked_by_torch(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method="auto")
+    return functional.linear_cross_entropy(
+        hidden, weight, target, linear_bias=bias, options=options
+    )
+
+
+def peers() -> dict[str, Callable]:
+    """Other libraries' versions that are installed and run here."""
+    found: dict[str, Callable] = {}
+    if hasattr(functional, "linear_cross_entropy"):
+        found["torch chunked"] = chunked_by_torch
+    if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction,
+        )
+
+        found["liger"] = lambda hidden, weight, bias, target: (
+            LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target, bias)[0]
+        )
+    if torch.cuda.is_available() and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cce"] = lambda hidden, weight, bias, target: linear_cross_entropy(
+            hidden, weight, target, bias=bias
+        )
+    return found
+
+
 CASES = [
     Case(
         op="linear_cross_entropy",
@@ -38,12 +68,15 @@ CASES = [
         make=make(rows, features, classes),
         ours=ours,
         plain=plain,
+        others=peers(),
         flops=6.0 * rows * features * classes,  # logits, dhidden, dweight
         reach=reach,
     )
     for rows, features, classes, reach in (
         (2048, 512, 10000, ">= 1.0, memory <= 5%"),
-        (2048, 256, 10000, ""),
+        (2048, 256, 10000, ">= 1.3"),
+        (2048, 128, 50257, ">= 1.3"),
+        (2048, 1024, 50257, ">= 1.0, memory <= 5%"),
     )
 ]
 

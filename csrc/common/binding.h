@@ -10,6 +10,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 
 #include "common/isa.h"
@@ -39,6 +41,16 @@ inline bool is_bfloat16(const Tensor& t) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
                   "fastlm_C: float32 or bfloat16 only");
   return type == ScalarType::BFloat16;
+}
+
+struct FreeAligned {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Workspace = std::unique_ptr<float, FreeAligned>;
+
+inline Workspace allocate(int64_t count) {
+  return Workspace(
+      static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
 }
 
 // body(begin, end) over chunks of [0, count), on torch's threads

@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/binding.h"
@@ -39,16 +37,6 @@ int gru_threads(const GruShape& s, int available) {
 }
 
 namespace {
-
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-using Workspace = std::unique_ptr<float, FreeAligned>;
-
-Workspace allocate(int64_t count) {
-  return Workspace(
-      static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
-}
 
 GruShape shape_of(int64_t batch, int64_t steps, int64_t hidden, bool batch_first, bool reverse) {
   return batch_first ? GruShape{batch, steps, hidden, steps, 1, reverse}

@@ -20,6 +20,7 @@ class Recurrence(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     token_plan: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    product: Callable[..., Tensor]  # of a, b and optionally a bias: a @ b + bias
 
 
 def _wide(x: Any) -> Any:
@@ -29,8 +30,10 @@ def _wide(x: Any) -> Any:
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
-def _project(rows: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(rows, _wide(w_ih), _wide(b_ih))
+def _project(
+    recurrence: Recurrence, rows: Tensor, w_ih: Tensor, b_ih: Tensor | None
+) -> Tensor:  # fmt: skip
+    return recurrence.product(rows, _wide(w_ih).t(), _wide(b_ih))
 
 
 def _plan(
@@ -117,7 +120,7 @@ def _run_backward(
     if need_w_hh:
         if previous is None:
             previous = reference.previous_states(output, reset, h0, *call)
-        dw_hh = dhidden.t() @ previous
+        dw_hh = recurrence.product(dhidden.t(), previous)
     return dtable, dw_hh, dbias, dh0
 
 
@@ -129,7 +132,7 @@ def embedding_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    table = _project(_wide(weight if rows is None else weight[rows]), w_ih, b_ih)
+    table = _project(recurrence, _wide(weight if rows is None else weight[rows]), w_ih, b_ih)
     call = _layout(tokens.shape, batch_first, reverse)
     return _run_forward(
         recurrence, table, index, reset, (w_hh, b_hh), h0, call, weight.dtype, tokens.shape, save
@@ -148,15 +151,16 @@ def embedding_backward(
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
     used = _wide(weight if rows is None else weight[rows])
     dtable, dw_hh, dbias, dh0 = _run_backward(
-        recurrence, doutput, dh_n, index, lambda: _project(used, w_ih, b_ih), used.shape[0],
+        recurrence, doutput, dh_n, index,
+        lambda: _project(recurrence, used, w_ih, b_ih), used.shape[0],
         _Saved(w_hh, b_hh, h0, reset, output, gates),
         _layout(tokens.shape, batch_first, reverse), need_w_hh,
     )  # fmt: skip
     dw_ih, dweight = dtable.new_empty(0), weight.new_empty(0)
     if need_w_ih:
-        dw_ih = dtable.t() @ used
+        dw_ih = recurrence.product(dtable.t(), used)
     if need_weight:
-        dused = dtable @ _wide(w_ih)
+        dused = recurrence.product(dtable, _wide(w_ih))
         if rows is None:
             dweight = dused.to(weight.dtype)
         elif dedupe == "off":
@@ -177,7 +181,7 @@ def gru_forward(
     b_hh: Tensor | None, h0: Tensor | None, reset: Tensor | None, batch_first: bool,
     reverse: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    table = _project(_wide(input).flatten(0, 1), w_ih, b_ih)
+    table = _project(recurrence, _wide(input).flatten(0, 1), w_ih, b_ih)
     call = _layout(input.shape[:2], batch_first, reverse)
     return _run_forward(
         recurrence, table, None, reset, (w_hh, b_hh), h0, call, input.dtype, input.shape[:2], save
@@ -193,13 +197,14 @@ def gru_backward(
     """dinput, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
     rows = _wide(input).flatten(0, 1)
     dtable, dw_hh, dbias, dh0 = _run_backward(
-        recurrence, doutput, dh_n, None, lambda: _project(rows, w_ih, b_ih), rows.shape[0],
+        recurrence, doutput, dh_n, None,
+        lambda: _project(recurrence, rows, w_ih, b_ih), rows.shape[0],
         _Saved(w_hh, b_hh, h0, reset, output, gates),
         _layout(input.shape[:2], batch_first, reverse), need_w_hh,
     )  # fmt: skip
-    dw_ih = dtable.t() @ rows if need_w_ih else rows.new_empty(0)
+    dw_ih = recurrence.product(dtable.t(), rows) if need_w_ih else rows.new_empty(0)
     dinput = rows.new_empty(0)
     if need_input:
-        dinput = (dtable @ _wide(w_ih)).view(input.shape)
+        dinput = recurrence.product(dtable, _wide(w_ih)).view(input.shape)
     dtype = input.dtype
     return dinput.to(dtype), dw_ih.to(dtype), dw_hh.to(dtype), dbias.to(dtype), dh0.to(dtype)

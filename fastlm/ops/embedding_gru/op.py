@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, extension
+from ... import checks, extension, matmul
 from ...dispatch import register
 from ...library import define, once_differentiable
 from . import cpu_kernels, layer, reference
@@ -160,8 +160,12 @@ def _reference_step(
     return reference.forward(table, index, None, w_hh, b_hh, h, h.shape[0], True, False)[1]
 
 
-_cpu = layer.Recurrence(cpu_kernels.forward, cpu_kernels.backward, cpu_kernels.token_plan)
-_reference = layer.Recurrence(reference.forward, reference.backward, _reference_token_plan)
+_cpu = layer.Recurrence(
+    cpu_kernels.forward, cpu_kernels.backward, cpu_kernels.token_plan, matmul.fastest
+)
+_reference = layer.Recurrence(
+    reference.forward, reference.backward, _reference_token_plan, matmul.plain
+)
 
 for _name, _forward, _backward in (
     ("embedding_gru", layer.embedding_forward, layer.embedding_backward),

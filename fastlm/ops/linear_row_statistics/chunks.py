@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import matmul
 from ..row_statistics.op import Upstream, Wanted, coefficients, result_dtype
 
 # rows of a chunk on a CPU: products of fewer than 64 rows run at half the rate, more than 512 gain
@@ -45,11 +46,25 @@ _MOVED_PARTS = 32  # rows move through a buffer of this part of a chunk
 Span = slice | Tensor
 
 
+class Matmul(NamedTuple):
+    """Matrix products: `matmul.plain_into` or one like it, and the dtypes that it takes for a
+    result in float32."""
+
+    into: Callable[..., Tensor]
+    takes_mixed: Callable[[torch.dtype], bool]
+
+
+PLAIN = Matmul(matmul.plain_into, lambda dtype: False)
+FASTEST = Matmul(matmul.into, matmul.takes_mixed)
+
+
 class RowKernels(NamedTuple):
-    """Implementation of the row statistics: forward, and a backward that may reuse the logits."""
+    """Implementation of the row statistics: forward, and a backward that may reuse the logits; and
+    of the products around them."""
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., Tensor]
+    matmul: Matmul = PLAIN
 
 
 class Layer(NamedTuple):
@@ -142,19 +157,21 @@ def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
 class Products:
     """The three products of the layer with one chunk, in the accumulator's dtype."""
 
-    def __init__(self, layer: Layer, chunk: Chunk) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, chunk: Chunk, matmul: Matmul = PLAIN) -> None:
+        self.layer, self.into = layer, matmul.into
         self.dtype = result_dtype(layer.input)
         self.classes, self.features = layer.weight.shape
         self.logits_buffer = self.new(chunk.rows, self.classes)
         self.bias = None if layer.bias is None else layer.bias.to(self.dtype)
-        self.widens = layer.input.dtype != self.dtype
+        self.rounds = layer.input.dtype != self.dtype
+        self.widens = self.rounds and not matmul.takes_mixed(layer.input.dtype)
         self.step = max(1, self.classes)
+        if self.rounds:
+            self.input_buffer = self.new(chunk.rows, self.features)
         if self.widens:
             row_bytes = max(1, self.features) * self.dtype.itemsize
             self.step = min(self.step, max(64, chunk.slice_bytes // row_bytes))
             self.slice_buffer = self.new(self.step, self.features)
-            self.input_buffer = self.new(chunk.rows, self.features)
 
     def new(self, *shape: int) -> Tensor:
         return self.layer.input.new_empty(shape, dtype=self.dtype)
@@ -175,10 +192,8 @@ class Products:
         rows = self.rows(span)
         out = self.logits_buffer[: len(rows)]
         for part, weight in self.weights():
-            if self.bias is None:
-                torch.mm(rows, weight.t(), out=out[:, part])
-            else:
-                torch.addmm(self.bias[part], rows, weight.t(), out=out[:, part])
+            bias = None if self.bias is None else self.bias[part]
+            self.into(out[:, part], rows, weight.t(), bias)
         return out
 
     def pays(self, rows: int, live: Tensor | None) -> bool:
@@ -219,29 +234,24 @@ class Gradients:
             self.dbias = self.dbias.add_(part) if self.started else part
         total = self.dweight if self.into is None else self.into
         if total is not None:
+            more = self.started or self.into is not None
             rows = self.products.rows(span)
-            if self.started or self.into is not None:
-                total.addmm_(dlogits.t(), rows)
-            else:
-                torch.mm(dlogits.t(), rows, out=total)
+            self.products.into(total, dlogits.t(), rows, accumulate=more)
         if self.dinput is not None:
             self._add_dinput(self.dinput, span, dlogits)
         self.started = True
 
     def _add_dinput(self, dinput: Tensor, span: Span, dlogits: Tensor) -> None:
         # the input's rows are not needed any more
-        if self.products.widens:
+        if self.products.rounds:
             out = self.products.input_buffer[: len(dlogits)]
         elif isinstance(span, slice):
             out = dinput[span]
         else:
             out = self.products.new(len(dlogits), self.products.features)
         for part, weight in self.products.weights():
-            if part.start == 0:
-                torch.mm(dlogits[:, part], weight, out=out)
-            else:
-                out.addmm_(dlogits[:, part], weight)
-        if self.products.widens or not isinstance(span, slice):
+            self.products.into(out, dlogits[:, part], weight, accumulate=part.start > 0)
+        if self.products.rounds or not isinstance(span, slice):
             dinput[span] = out.to(dinput.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +296,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `schedule.py`."""
     rows = len(layer.input)
-    products = Products(layer, chunk)
+    products = Products(layer, chunk, kernels.matmul)
     gradients = Gradients(products, needs)
     live = few(rows, compared.live())
     if live is not None:
@@ -349,7 +359,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `schedule.py`."""
     rows = len(layer.input)
-    products = Products(layer, chunk)
+    products = Products(layer, chunk, kernels.matmul)
     gradients = Gradients(products, needs, into)
     live = few(rows, compared.live(factors))
     if live is not None:

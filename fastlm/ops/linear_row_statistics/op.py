@@ -37,7 +37,7 @@ from ..row_statistics.op import (
     upstream_of,
 )
 from . import schedule
-from .chunks import Compared, Layer, Needs, RowKernels, chunk_of
+from .chunks import FASTEST, Compared, Layer, Needs, RowKernels, chunk_of
 
 LAYER_ARGUMENTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
@@ -156,7 +156,9 @@ _TRITON = RowKernels(
     rows_op.triton_forward, functools.partial(_in_place_backward, rows_op.triton_backward_into)
 )
 _COMPILED = RowKernels(
-    rows_op.cpu_forward, functools.partial(_in_place_backward, rows_op.cpu_backward_into)
+    rows_op.cpu_forward,
+    functools.partial(_in_place_backward, rows_op.cpu_backward_into),
+    FASTEST,
 )
 _PLAIN = RowKernels(rows_reference.forward, _plain_backward)
 

@@ -20,6 +20,7 @@ from .chunks import (
     Chunk,
     Compared,
     Layer,
+    Matmul,
     Needs,
     RowKernels,
     Span,
@@ -38,12 +39,19 @@ class _Tiles:
     """Buffers for the logits of some rows and some classes, near square within the budget."""
 
     def __init__(
-        self, layer: Layer, compared: Compared, budget: int, live: Tensor | None, needs: Needs
+        self,
+        layer: Layer,
+        compared: Compared,
+        budget: int,
+        live: Tensor | None,
+        needs: Needs,
+        matmul: Matmul,
     ) -> None:
-        self.layer, self.live = layer, live
+        self.layer, self.live, self.into = layer, live, matmul.into
         self.dtype = result_dtype(layer.input)
         self.classes, self.features = layer.weight.shape
         self.widens = layer.input.dtype != self.dtype
+        self.widens &= not matmul.takes_mixed(layer.input.dtype)
         count = len(layer.input) if live is None else len(live)
         # copies: of the logits; per row and per class of as many numbers as there are features
         soft = compared.class_weight is not None and compared.class_weight.dim() == 2
@@ -82,9 +90,8 @@ class _Tiles:
 
     def logits(self, rows: Tensor, weight: Tensor, part: slice) -> Tensor:
         out = self.buffer[: len(rows) * len(weight)].view(len(rows), len(weight))
-        if self.layer.bias is None:
-            return torch.mm(rows, weight.t(), out=out)
-        return torch.addmm(self.layer.bias[part].to(self.dtype), rows, weight.t(), out=out)
+        bias = self.layer.bias
+        return self.into(out, rows, weight.t(), None if bias is None else bias[part].to(self.dtype))
 
 
 def _within(compared: Compared, part: slice) -> tuple[Compared, Tensor | None]:
@@ -210,7 +217,7 @@ def forward(
     live = few(len(layer.input), compared.live())
     if live is not None:
         clear_statistics(out)
-    tiles = _Tiles(layer, compared, chunk.tile_bytes, live, Needs())
+    tiles = _Tiles(layer, compared, chunk.tile_bytes, live, Needs(), kernels.matmul)
     for span in tiles.spans():
         for whole, part in zip(
             out, _statistics(kernels, tiles, compared, wanted, span), strict=True
@@ -251,7 +258,7 @@ def backward(
     if not any(needs):
         return none.clone(), none.clone(), none.clone()
     live = few(len(layer.input), compared.live(factors))
-    tiles = _Tiles(layer, compared, chunk.tile_bytes, live, needs)
+    tiles = _Tiles(layer, compared, chunk.tile_bytes, live, needs, kernels.matmul)
     dtype = tiles.dtype
     dinput = layer.input.new_zeros(layer.input.shape, dtype=dtype) if needs.input else None
     dweight = layer.weight.new_zeros(layer.weight.shape) if needs.weight and into is None else None
@@ -265,22 +272,24 @@ def backward(
         for span in tiles.spans():
             rows = tiles.input(span)
             local, inside = _within(compared.rows(span), part)
-            here = [None if f is None else f[span] for f in factors]
-            if here[4] is not None and inside is not None:
-                here[4] = here[4].where(inside, 0.0)
+            factor = [None if f is None else f[span] for f in factors]
+            if factor[4] is not None and inside is not None:
+                factor[4] = factor[4].where(inside, 0.0)
             logits = tiles.logits(rows, weight, part)
             scale = (row_max[span], log_sum[span])
-            dlogits = kernels.backward(logits, local, *scale, tuple(here))
+            dlogits = kernels.backward(logits, local, *scale, tuple(factor))
             if dbias is not None:
                 dbias[part] += dlogits.sum(0)
             if total is not None:
-                total.addmm_(dlogits.t(), rows)
+                tiles.into(total, dlogits.t(), rows, accumulate=True)
             if dinput is None:
                 continue
             if isinstance(span, slice):
-                dinput[span].addmm_(dlogits, weight)
+                tiles.into(dinput[span], dlogits, weight, accumulate=True)
             else:
-                dinput.index_add_(0, span, dlogits @ weight)
+                here = tiles.new(len(rows), tiles.features)
+                dinput.index_add_(0, span, tiles.into(here, dlogits, weight))
+                del here
         if dweight is not None and total is not None and total.dtype != dweight.dtype:
             dweight[part] = total.to(dweight.dtype)
     found = (dinput, dweight, dbias)

@@ -1,0 +1,78 @@
+"""Matrix products with float32 sums: PyTorch's, or our own where PyTorch's are slow.
+
+PyTorch multiplies float32 by MKL, which on a processor that is not Intel's uses vectors of 256
+bits. AMD's from Zen 5 on work on 512 at full rate, so the compiled product is about twice as fast
+there (benchmarks/LOG.md, 2026-11-26). It also takes bfloat16 operands as they are, and every
+element of its result depends on its row and its column alone: not on threads, nor on other rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+#: whether the compiled product is the faster one on this machine
+own_is_faster: bool = (
+    extension.unavailable is None
+    and torch.backends.mkl.is_available()
+    and extension.raw("mkl_is_slow")()
+)
+
+# smaller results leave most of a tile empty; a shorter sum is not worth packing for
+_LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 8, 24, 16
+
+
+def plain_into(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
+    """out [M, N] = a [M, K] @ b [K, N] + bias [N], or out += a @ b; all of one dtype."""
+    if accumulate:
+        return out.addmm_(a, b)
+    if bias is not None:
+        return torch.addmm(bias, a, b, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def own_into(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
+    """As `plain_into`, compiled: out and bias float32, a and b float32 or bfloat16, any strides.
+
+    CPU tensors; the columns of out contiguous; K at least 1; bias not with accumulate."""
+    extension.raw("matmul")(a, b, bias, accumulate, out)
+    return out
+
+
+def takes_mixed(dtype: torch.dtype) -> bool:
+    """Whether `into` takes operands of this dtype for a float32 result."""
+    return own_is_faster and dtype == torch.bfloat16
+
+
+def _suits_own(out: Tensor, depth: int) -> bool:
+    rows, columns = out.shape
+    return rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS and depth >= _LEAST_DEPTH
+
+
+def into(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
+    """As `plain_into`, by the faster of the two; operands as `takes_mixed` says."""
+    depth = a.shape[1]
+    own = own_is_faster and out.dtype == torch.float32 and out.device.type == "cpu"
+    if own and out.stride(1) == 1 and depth > 0:
+        if a.dtype != out.dtype or b.dtype != out.dtype or _suits_own(out, depth):
+            return own_into(out, a, b, bias, accumulate=accumulate)
+    a, b = a.to(out.dtype), b.to(out.dtype)  # mixed where the product is empty
+    return plain_into(out, a, b, bias, accumulate=accumulate)
+
+
+def plain(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias."""
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def fastest(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `plain`, by the faster of the two."""
+    return into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
