@@ -187,7 +187,13 @@ def linear_token_logprobs(
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def entropy(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    group: Any = None,
+    vocab_start_index: int | None = None,
+) -> Tensor:
     """Entropy of each row's softmax, without storing the softmax.
 
     Same as:
@@ -196,18 +202,29 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     Args:
         logits: [..., V], any float dtype; -inf is a class of probability 0.
         temperature: positive; divides the logits.
+        group, vocab_start_index: as in `token_logprobs`.
 
     Returns:
         [...], float32 (float64 for float64 logits), in nats, differentiable.
 
     Raises:
         ValueError: a shape or value differs from the above. TypeError: a dtype does.
+        RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     op = "entropy"
+    logits, group, vocab_start_index = parallel.unwrapped(
+        op, "logits", logits, -1, group, vocab_start_index
+    )
     checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         checks.bad_value(op, "logits", "[..., V] of at least one class", list(logits.shape))
     scale, _ = scores(op, temperature, 1.0, None)
     rows = logits.reshape(-1, logits.shape[-1])
-    found = row_statistics(rows, None, None, wanted=Wanted(entropy=True), scale=scale, caller=op)
+    wanted = Wanted(entropy=True)
+    shard = parallel.shard_of(op, group, vocab_start_index, logits.shape[-1])
+    if shard is None:
+        found = row_statistics(rows, None, None, wanted=wanted, scale=scale, caller=op)
+    else:
+        compared = (rows, None, None, None)
+        found, _, _ = parallel.row_statistics(*compared, shard=shard, wanted=wanted, scale=scale)
     return found.entropy.view(logits.shape[:-1])
