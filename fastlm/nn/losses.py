@@ -56,7 +56,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return_aux: Sequence[str] = (),
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.added = {
+        self.added: dict[str, Any] = {
             "z_loss_weight": z_loss_weight,
             "logit_softcapping": logit_softcapping,
             "logit_scale": logit_scale,
@@ -78,7 +78,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             token_weight=token_weight,
             group=self.part.group,
             vocab_start_index=self.part.vocab_start_index,
-            **self.added,  # type: ignore[arg-type]
+            **self.added,
         )
 
 
@@ -125,7 +125,7 @@ class LinearCrossEntropyLoss(Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.options = options
-        self.added = {
+        self.added: dict[str, Any] = {
             "z_loss_weight": z_loss_weight,
             "logit_softcapping": logit_softcapping,
             "logit_scale": logit_scale,
@@ -155,7 +155,7 @@ class LinearCrossEntropyLoss(Module):
             token_weight=token_weight,
             group=self.part.group,
             vocab_start_index=self.part.vocab_start_index,
-            **self.added,  # type: ignore[arg-type]
+            **self.added,
         )
 
     def extra_repr(self) -> str:
@@ -194,7 +194,7 @@ class LinearTokenLogprobs(Module):
     ) -> None:
         super().__init__()
         self.linear = Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "ignore_index": ignore_index,
             "temperature": temperature,
             "logit_scale": logit_scale,
@@ -215,7 +215,7 @@ class LinearTokenLogprobs(Module):
             linear_bias=self.linear.bias,
             group=self.part.group,
             vocab_start_index=self.part.vocab_start_index,
-            **self.settings,  # type: ignore[arg-type]
+            **self.settings,
         )
 
     def extra_repr(self) -> str:

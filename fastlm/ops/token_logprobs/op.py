@@ -7,7 +7,7 @@ pass over the logits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ from ..linear_row_statistics import parallel as linear_parallel
 from ..linear_row_statistics.chunks import Compared
 from ..row_statistics import parallel
 from ..row_statistics.op import Statistics, Wanted, row_statistics
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from . import signatures as typed
 
 
 class TokenLogprobs(NamedTuple):
@@ -52,6 +57,36 @@ def _gathered(
     )
 
 
+@overload
+def token_logprobs(logits: Tensor, target: Tensor, **rest: Unpack[typed.Alone]) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **rest: Unpack[typed.WithEntropy],
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, target: Tensor, *, return_lse: Literal[True], **rest: Unpack[typed.WithLse]
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_argmax: Literal[True],
+    **rest: Unpack[typed.WithArgmax],
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, target: Tensor, *, return_sum_sq: Literal[True], **rest: Unpack[typed.WithSumSq]
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, target: Tensor, **rest: Unpack[typed.Either]
+) -> Tensor | TokenLogprobs: ...
 def token_logprobs(
     logits: Tensor,
     target: Tensor,
@@ -121,6 +156,50 @@ def token_logprobs(
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
 
+@overload
+def linear_token_logprobs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **rest: Unpack[typed.LinearAlone]
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **rest: Unpack[typed.LinearWithEntropy],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    **rest: Unpack[typed.LinearWithLse],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_argmax: Literal[True],
+    **rest: Unpack[typed.LinearWithArgmax],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_sum_sq: Literal[True],
+    **rest: Unpack[typed.LinearWithSumSq],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **rest: Unpack[typed.LinearEither]
+) -> Tensor | TokenLogprobs: ...
 def linear_token_logprobs(
     input: Tensor,
     linear_weight: Tensor,
