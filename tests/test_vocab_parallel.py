@@ -297,6 +297,27 @@ def row_loss_of_a_policy():
 
 
 @case
+def accumulates_into_a_tensor_of_its_part():
+    part = Part(36, "unequal")
+    input, weight, bias, target = linear_arguments(torch.float32)
+    calls = [
+        (fastlm.linear_cross_entropy, (target,)),
+        (fastlm.linear_token_logprobs, (target,)),
+        (fastlm.linear_policy_loss, (target, torch.randn(2, 4))),
+    ]
+    for function, args in calls:
+        leaves = [v.clone().requires_grad_() for v in (input, weight)]
+        function(*leaves, *args).sum().backward()
+        mine = [input.clone().requires_grad_(), part.of(weight, 0).clone().requires_grad_()]
+        into = torch.ones_like(mine[1])
+        options = fastlm.LinearCrossEntropyOptions(grad_accum_into=into)
+        function(*mine, *args, options=options, **part.options).sum().backward()
+        assert mine[1].grad is None
+        torch.testing.assert_close(into - 1, part.of(leaves[1].grad, 0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine[0].grad, leaves[0].grad)
+
+
+@case
 def modules():
     # all numbers first: below the ranks draw different amounts
     part, tokens, logits = Part(36, "unequal"), torch.rand(8), torch.randn(8, 36)

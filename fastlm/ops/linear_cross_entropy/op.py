@@ -365,15 +365,13 @@ def _chunked(
     late = token_weight is not None and token_weight.requires_grad
     into = accumulator(_OP, options, layer.input, linear_weight)
     if shard is not None:
-        if into is not None:
-            checks.bad_value(_OP, "options.grad_accum_into", "None with a group", "a tensor")
 
         def statistics(
             target: Tensor | None, class_weight: Tensor | None, weight: Tensor | None
         ) -> ParallelStatistics:
             what = Compared(target, class_weight, *compared)
             return parallel.linear_row_statistics(
-                layer, what, weight, shard=shard, wanted=wanted, max_bytes=max_bytes
+                layer, what, weight, shard=shard, wanted=wanted, max_bytes=max_bytes, into=into
             )
 
         rest = (target, weight, token_weight, soft, dtype)

@@ -214,9 +214,8 @@ def linear_policy_loss(
     call = (layer, target, ignore_index, scale, softcap, options)
     shard = shard_of(OP, group, vocab_start_index, linear_weight.shape[0])
     into = accumulator(OP, options, input, linear_weight)
-    for what, other in (("row_loss", row_loss), ("a group", shard)):
-        if into is not None and other is not None:
-            checks.bad_value(OP, "options.grad_accum_into", f"None with {what}", "a tensor")
+    if into is not None and row_loss is not None:
+        checks.bad_value(OP, "options.grad_accum_into", "None with row_loss", "a tensor")
     if loss_type == "gspo" or into is not None or shard is not None:
         return _composition(*call, advantages, keep, chosen, row_loss, shard)
     return _in_chunks(*call, advantages, keep, chosen, row_loss)

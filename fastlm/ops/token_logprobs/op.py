@@ -258,10 +258,8 @@ def linear_token_logprobs(
             rows, compared, wanted=wanted, max_bytes=max_bytes, caller=op, into=into
         )
     else:
-        if into is not None:
-            checks.bad_value(op, "options.grad_accum_into", "None with a group", "a tensor")
         found, _, _ = linear_parallel.linear_row_statistics(
-            rows, compared, None, shard=shard, wanted=wanted, max_bytes=max_bytes
+            rows, compared, None, shard=shard, wanted=wanted, max_bytes=max_bytes, into=into
         )
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
