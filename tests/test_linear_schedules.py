@@ -180,6 +180,57 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
+def products(call: Callable[[], torch.Tensor]) -> float:
+    """Operations of the matrix products of a call and its backward."""
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as recorded:
+        call().sum().backward()
+    return sum(e.flops for e in recorded.events() if e.name in ("aten::mm", "aten::addmm"))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "function, options, want",
+    [
+        ("linear_cross_entropy", {}, 6),
+        ("linear_cross_entropy", {"reduction": "none"}, 8),
+        ("linear_token_logprobs", {}, 8),
+        ("linear_token_logprobs", {"return_entropy": True}, 8),
+        ("linear_policy_loss", {"loss_type": "ppo", "entropy_coef": 0.1}, 6),
+        ("linear_policy_loss", {"loss_type": "gspo"}, 8),
+    ],
+)
+def test_operations_in_units_of_rows_features_classes(backend, function, options, want, frozen):
+    """A frozen head has no product for its gradient."""
+    rows, features, classes = 2 * 20, 32, 48  # one chunk
+    x = torch.randn(2, 20, features, requires_grad=True)
+    w = torch.randn(classes, features, requires_grad=not frozen)
+    args = [torch.randint(0, classes, (2, 20))]
+    if function == "linear_policy_loss":
+        args.append(torch.ones(2, 20))
+
+    def call():
+        found = getattr(fastlm, function)(x, w, *args, **options)
+        return found.entropy if isinstance(found, fastlm.TokenLogprobs) else found
+
+    assert products(call) == (want - 2 * frozen) * rows * features * classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_same_bits_again(backend, dtype, tiles):
+    *layer, target = make(dtype)
+    leaves = [v.requires_grad_() for v in layer]
+    size = {"max_memory_bytes": 1} if tiles else {"batch_chunk_size": 7}
+    options = fastlm.LinearCrossEntropyOptions(**size)
+    first = None
+    for _ in range(5):
+        call = {"linear_bias": leaves[2], "options": options, "z_loss_weight": 0.1}
+        loss = fastlm.linear_cross_entropy(*leaves[:2], target, **call)
+        found = [loss, *torch.autograd.grad(loss, leaves)]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference's kernels hold more")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dead", [0, 500])

@@ -273,6 +273,12 @@ def test_extreme_ratios_stay_finite():
         assert bool(loss.isfinite()) and bool(grad.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wider_constant_does_not_widen_the_result(dtype):
+    logprobs, advantages = torch.zeros(1, 2, dtype=dtype), torch.ones(1, 2, dtype=torch.float64)
+    assert fastlm.policy_loss(logprobs, advantages).dtype == dtype
+
+
 def test_dtypes_and_compile():
     data = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch().items()}
     got = call(data, loss_type="grpo", kl_coef=0.1)

@@ -5,26 +5,18 @@ This file is also the program of the ranks: each world size is started once and 
 
 from __future__ import annotations
 
-import datetime
-import json
+import copy
 import math
-import multiprocessing
-import os
-import subprocess
 import sys
-import traceback
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
+from ranks import WORLDS, Collectives, Part, gathered, results_of, run_world
 
 import fastlm
 from fastlm.testing import check
 
-WORLDS = (2, 4)
 KINDS = ("equal", "unequal", "reversed")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 CASES = {}
@@ -33,60 +25,6 @@ CASES = {}
 def case(function):
     CASES[function.__name__] = function
     return function
-
-
-class Collectives(TorchDispatchMode):
-    """How often each collective runs, and the bytes of the largest thing sent."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.most_bytes = Counter(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.calls[function._schema.name.removeprefix("c10d::")] += 1
-            sent = args[1] if function._schema.name == "c10d::allgather_" else args[0]
-            self.most_bytes = max(self.most_bytes, *(tensor.nbytes for tensor in sent))
-        return function(*args, **(kwargs or {}))
-
-
-class SumOfGradients(torch.autograd.Function):
-    """Identity; every rank gets the gradient of all parts."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class Part:
-    """This rank's part of a vocabulary."""
-
-    def __init__(self, classes, kind):
-        rank, world = dist.get_rank(), dist.get_world_size()
-        place = world - 1 - rank if kind == "reversed" else rank
-        if kind == "equal":
-            assert classes % world == 0
-            ends = [classes // world * i for i in range(world + 1)]
-        else:  # the sizes are as 1 : 2 : 3 ...
-            whole = world * (world + 1) // 2
-            ends = [classes * i * (i + 1) // 2 // whole for i in range(world + 1)]
-        self.start, self.end = ends[place], ends[place + 1]
-        start = None if kind == "equal" else self.start
-        self.options = {"group": dist.group.WORLD, "vocab_start_index": start}
-
-    def of(self, value, dim=-1):
-        """The part of a whole tensor, or None of None, whose gradient comes back whole."""
-        if value is None:
-            return None
-        if value.requires_grad:
-            value = SumOfGradients.apply(value)
-        return value.narrow(dim, self.start, self.end - self.start)
 
 
 def make(rows, classes, dtype=torch.float64, ignored=-100):
@@ -273,6 +211,151 @@ def linear_token_logprobs():
 
 
 @case
+def entropy():
+    for kind in KINDS:
+        part = Part(36, kind)
+        for dtype in FLOATS:
+            for temperature in (1.0, 0.6):
+                logits, _ = make(6, 36, dtype)
+                logits[1, : 36 // 2] = -math.inf
+
+                def ours(x, part=part, temperature=temperature):
+                    return fastlm.entropy(part.of(x), temperature=temperature, **part.options)
+
+                def theirs(x, temperature=temperature):
+                    return fastlm.entropy(x, temperature=temperature)
+
+                check(ours, theirs, (logits.view(2, 3, 36),))
+
+
+def policy_batch(layer=None):
+    """Advantages and options of tokens [2, 4], nonsense behind the mask."""
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0]]).bool()
+    old = 0.3 * torch.randn(2, 4)
+    if layer is not None:  # ratios on both sides of the clip range
+        input, weight, bias, target = (v.float() if v.is_floating_point() else v for v in layer)
+        old += fastlm.linear_token_logprobs(input, weight, target, linear_bias=bias)
+    rest = {"old_logprobs": old, "ref_logprobs": old + 0.1, "is_ratio": 2 * torch.rand(2, 4)}
+    for value in rest.values():
+        value[~mask] = math.nan
+    return torch.randn(2, 4), {"mask": mask, **rest}
+
+
+POLICIES = [
+    {"loss_type": "reinforce", "entropy_coef": 0.1},
+    {"loss_type": "ppo", "kl_coef": 0.1, "temperature": 0.7, "logit_softcapping": 5.0},
+    {"loss_type": "gspo", "loss_agg_mode": None, "entropy_coef": 0.01, "logit_scale": 0.5},
+]
+
+
+@case
+def linear_policy_loss():
+    small = fastlm.LinearCrossEntropyOptions(max_memory_bytes=200)
+    for kind in KINDS:
+        part = Part(36, kind)
+        for options in (*POLICIES, {"loss_type": "cispo", "options": small}):
+            # in float64 the truth of a sum that nearly cancels would be no better
+            for dtype in FLOATS[1:] if kind == "unequal" else FLOATS[1:2]:
+                layer = linear_arguments(dtype)
+                advantages, rest = policy_batch(layer)
+                layer[3][~rest["mask"]] = 99
+                whole = {**options, **rest}
+
+                def ours(x, w, b, t, part=part, a=advantages, whole=whole):
+                    given = {"linear_bias": part.of(b), **part.options, **whole}
+                    return fastlm.linear_policy_loss(x, part.of(w, 0), t, a, **given)
+
+                def theirs(x, w, b, t, a=advantages, whole=whole):
+                    return fastlm.linear_policy_loss(x, w, t, a, linear_bias=b, **whole)
+
+                check(ours, theirs, layer)
+
+
+@case
+def row_loss_of_a_policy():
+    part, mask = Part(36, "unequal"), policy_batch()[1]["mask"]
+    factor = torch.randn(8)
+    factor[~mask.flatten()] = math.nan
+
+    def row_loss(logprobs, entropy, rows):
+        return factor[rows].to(logprobs) * logprobs.square() - entropy.sin()
+
+    for dtype in FLOATS[1:]:
+
+        def ours(x, w, t):
+            options = {"row_loss": row_loss, "mask": mask, **part.options}
+            return fastlm.linear_policy_loss(x, part.of(w, 0), t, None, **options)
+
+        def theirs(x, w, t):
+            return fastlm.linear_policy_loss(x, w, t, None, row_loss=row_loss, mask=mask)
+
+        input, weight, _, target = linear_arguments(dtype)
+        check(ours, theirs, (input, weight, target))
+    input, weight, _, target = linear_arguments(torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input, weight, target), theirs(input, weight, target))
+
+
+@case
+def accumulates_into_a_tensor_of_its_part():
+    part = Part(36, "unequal")
+    input, weight, bias, target = linear_arguments(torch.float32)
+    calls = [
+        (fastlm.linear_cross_entropy, (target,)),
+        (fastlm.linear_token_logprobs, (target,)),
+        (fastlm.linear_policy_loss, (target, torch.randn(2, 4))),
+    ]
+    for function, args in calls:
+        leaves = [v.clone().requires_grad_() for v in (input, weight)]
+        function(*leaves, *args).sum().backward()
+        mine = [input.clone().requires_grad_(), part.of(weight, 0).clone().requires_grad_()]
+        into = torch.ones_like(mine[1])
+        options = fastlm.LinearCrossEntropyOptions(grad_accum_into=into)
+        function(*mine, *args, options=options, **part.options).sum().backward()
+        assert mine[1].grad is None
+        torch.testing.assert_close(into - 1, part.of(leaves[1].grad, 0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine[0].grad, leaves[0].grad)
+
+
+@case
+def modules():
+    # all numbers first: below the ranks draw different amounts
+    part, tokens, logits = Part(36, "unequal"), torch.rand(8), torch.randn(8, 36)
+    input, weight, bias, target = linear_arguments(torch.float32)
+    class_weight, size = torch.rand(36), part.end - part.start
+    loss = {"label_smoothing": 0.1, "return_aux": AUX}
+    shared = {"bias": True, "logit_softcapping": 5.0}
+    heads = [
+        (fastlm.nn.LinearCrossEntropyLoss, {"weight": class_weight, "shift": 1, **shared, **loss}),
+        (fastlm.nn.LinearTokenLogprobs, {**shared, **RETURNS}),
+    ]
+    for kind, options in heads:
+        whole = kind(5, 36, **options)
+        whole.load_state_dict({"linear.weight": weight, "linear.bias": bias}, strict=False)
+        held = {k: part.of(v) for k, v in options.items() if isinstance(v, torch.Tensor)}
+        mine = kind(5, size, **{**options, **held, **part.options})
+        state = {k: part.of(v, 0) for k, v in whole.state_dict().items()}
+        assert mine.state_dict().keys() == state.keys()
+        mine.load_state_dict(state)
+        for module in (mine, copy.deepcopy(mine)):
+            leaves = [input.clone().requires_grad_() for _ in range(2)]
+            results = [values(m(x, target)) for m, x in zip((whole, module), leaves, strict=True)]
+            torch.testing.assert_close(*results)
+            for result in results:
+                whole.zero_grad()
+                sum(v.sum() for v in result if v.requires_grad).backward()
+                if result is results[0]:
+                    want = {k: part.of(p.grad, 0) for k, p in whole.named_parameters()}
+            torch.testing.assert_close({k: p.grad for k, p in module.named_parameters()}, want)
+            torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    whole = fastlm.nn.CrossEntropyLoss(class_weight, **loss)
+    mine = fastlm.nn.CrossEntropyLoss(part.of(class_weight), **loss, **part.options)
+    call = {"token_weight": tokens}
+    got = values(mine(part.of(logits), target.flatten(), **call))
+    torch.testing.assert_close(got, values(whole(logits, target.flatten(), **call)))
+
+
+@case
 def large_logits_and_certain_rows():
     part = Part(24, "unequal")
     for factor in (1e3, 1e5):
@@ -381,12 +464,6 @@ def few_rows_and_few_classes():
     assert fastlm.cross_entropy(logits, ignored, reduction="sum", **part.options) == 0
 
 
-def gathered(value):
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, value)
-    return parts
-
-
 @case
 def every_rank_has_the_same_bits():
     part = Part(1000, "unequal")
@@ -398,43 +475,67 @@ def every_rank_has_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
-@case
-def number_of_collectives():
-    part = Part(24, "equal")
-    logits, target = make(5, 24, torch.float32)
-    for function in (
-        lambda x: fastlm.cross_entropy(x, target, **part.options),
-        lambda x: fastlm.cross_entropy(
-            x, target, torch.rand(24)[: x.shape[1]], label_smoothing=0.1, **part.options
-        ),
-        lambda x: fastlm.token_logprobs(x, target, **RETURNS, **part.options).entropy.sum(),
-    ):
-        leaf = part.of(logits).detach().clone().requires_grad_()
-        with Collectives() as mode:
-            loss = function(leaf)
-        assert mode.calls == {"allgather_": 1}, mode.calls
-        with Collectives() as mode:
-            loss.sum().backward()
-        assert not mode.calls, mode.calls
-    for frozen in (False, True):
-        input, weight, bias, target_2d = linear_arguments(torch.float32, 24)
-        weight = part.of(weight, 0).clone().requires_grad_()
-        input.requires_grad_(not frozen)
-        with Collectives() as mode:
-            loss = fastlm.linear_cross_entropy(input, weight, target_2d, **part.options)
-        assert mode.calls == {"allgather_": 1}, mode.calls
-        with Collectives() as mode:
-            loss.backward()
-        assert mode.calls == ({} if frozen else {"allreduce_": 1}), mode.calls
+# bytes of a row: max, log-sum and log-prob; what else has been asked for
+ROW, FLOAT, INDEX = 3 * 4, 4, 8 + 4
+SPAN = 16  # first class and number of classes, once
+
+
+def exchanges(part):
+    """Of each function its call of a layer's [input, weight] and the bytes a row gives."""
+    advantages, rest = policy_batch()
+    target, class_weight = torch.tensor([[0, 9, 23, -100], [1, 2, 3, 22]]), part.of(torch.rand(24))
+    head = fastlm.nn.LinearCrossEntropyLoss(5, 6, reduction="sum", **part.options)
+
+    def logits(x, w):
+        return (x @ w.T).flatten(0, 1)
+
+    def module(x, w):
+        return torch.func.functional_call(head, {"linear.weight": w}, (x, target))
+
+    flat, smooth = target.flatten(), {"weight": class_weight, "label_smoothing": 0.1}
+    on_logits = [
+        (fastlm.cross_entropy, (flat,), {}, ROW),
+        (fastlm.cross_entropy, (flat,), smooth, ROW + 3 * FLOAT),
+        (fastlm.cross_entropy, (flat,), {"return_aux": AUX}, ROW + FLOAT + INDEX),
+        (fastlm.token_logprobs, (flat,), {}, ROW),
+        (fastlm.token_logprobs, (flat,), RETURNS, ROW + 2 * FLOAT + INDEX),
+        (fastlm.entropy, (), {}, ROW),
+    ]
+    for function, args, options, size in on_logits:
+        options = {**options, **part.options}
+        yield lambda x, w, f=function, a=args, o=options: f(logits(x, w), *a, **o), size, False
+    policy = {"loss_type": "ppo", "entropy_coef": 0.1, **rest}
+    on_layer = [
+        (fastlm.linear_cross_entropy, (target,), {}, ROW),
+        (fastlm.linear_cross_entropy, (target,), {"reduction": "none", **smooth}, ROW + 3 * FLOAT),
+        (fastlm.linear_token_logprobs, (target,), {}, ROW),
+        (fastlm.linear_token_logprobs, (target,), RETURNS, ROW + 2 * FLOAT + INDEX),
+        (fastlm.linear_policy_loss, (target, advantages), policy, ROW + FLOAT),
+        (fastlm.linear_policy_loss, (target, advantages), rest, ROW),
+    ]
+    for function, args, options, size in on_layer:
+        options = {**options, **part.options}
+        yield lambda x, w, f=function, a=args, o=options: f(x, w, *a, **o), size, True
+    if dist.get_world_size() == 4:  # of which the module holds 6 classes of 24
+        yield module, ROW, True
 
 
 @case
-def what_is_sent_does_not_grow_with_the_vocabulary():
-    rows, part = 16, Part(4000, "equal")
-    logits, target = make(rows, 4000, torch.float32)
-    with Collectives() as mode:
-        fastlm.token_logprobs(part.of(logits), target, **RETURNS, **part.options)
-    assert 16 < mode.most_bytes <= 16 + 40 * rows
+def one_exchange_of_row_statistics_and_no_weight_is_sent():
+    part, rows = Part(24, "equal"), 8
+    for call, size, linear in exchanges(part):
+        for frozen in (False, True):
+            x = torch.randn(2, 4, 5, requires_grad=not frozen)
+            w = part.of(torch.randn(24, 5), 0).clone().requires_grad_()
+            with Collectives() as mode:
+                result = values(call(x, w))
+            assert mode.calls == {"allgather_": 1}, mode.calls
+            assert mode.bytes == SPAN + size * rows, (mode.bytes, size)
+            with Collectives() as mode:
+                sum(value.sum() for value in result if value.requires_grad).backward()
+            sums_input = linear and not frozen
+            assert mode.calls == ({"allreduce_": 1} if sums_input else {}), mode.calls
+            assert mode.bytes == (x.nbytes if sums_input else 0)
 
 
 @case
@@ -486,6 +587,7 @@ def dtensors():
 
     input, weight, bias, target = linear_arguments(torch.float64, 22)  # parts of 6, 6, 6 and 4
     logits = torch.randn(8, 22, dtype=torch.float64)
+    head = fastlm.nn.LinearCrossEntropyLoss(5, 22, bias=True)
     calls = [
         (lambda x, t: fastlm.cross_entropy(x, t.flatten()), (logits, target), (1, None)),
         (fastlm.token_logprobs, (logits.view(2, 4, 22), target), (2, None)),
@@ -495,6 +597,24 @@ def dtensors():
             (None, 0, 0, None),
         ),
         (fastlm.linear_token_logprobs, (input, weight, target), (None, 0, None)),
+        (fastlm.entropy, (logits,), (1,)),
+        (
+            lambda x, w, t, a: fastlm.linear_policy_loss(x, w, t, a, loss_type="ppo"),
+            (input, weight, target, torch.randn(2, 4)),
+            (None, 0, None, None),
+        ),
+        (
+            lambda x, w, b, t: torch.func.functional_call(
+                head, {"linear.weight": w, "linear.bias": b}, (x, t)
+            ),
+            (input, weight, bias, target),
+            (None, 0, 0, None),
+        ),
+        (
+            lambda x, t: fastlm.nn.CrossEntropyLoss()(x, t.flatten()),
+            (logits, target),
+            (1, None),
+        ),
     ]
     for call, args, dims in calls:
         leaves = [a.clone().requires_grad_(a.is_floating_point()) for a in args]
@@ -581,39 +701,9 @@ def errors_are_the_same_on_every_rank():
         fastlm.linear_cross_entropy(*layer, soft, **part.options)
 
 
-def run_rank(rank, world, folder):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    results = {}
-    for name, function in CASES.items():
-        torch.manual_seed(0)
-        try:
-            function()
-            dist.barrier()
-            results[name] = ""
-        except BaseException:
-            # the others are told by the lost connection
-            results[name] = traceback.format_exc()
-            break
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    os._exit(0)  # a group that failed may wait for its members when it is taken down
-
-
 @pytest.fixture(scope="module", params=WORLDS)
 def results(request, tmp_path_factory):
-    """Of each rank, case -> traceback or "", up to the first that failed."""
-    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(root)
-    command = [sys.executable, __file__, str(request.param), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return results_of(__file__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -628,6 +718,13 @@ CALLS = [
     lambda **k: fastlm.token_logprobs(LOGITS, TARGET, **k),
     lambda **k: fastlm.linear_cross_entropy(LOGITS, torch.zeros(3, 4), TARGET, **k),
     lambda **k: fastlm.linear_token_logprobs(LOGITS, torch.zeros(3, 4), TARGET, **k),
+    lambda **k: fastlm.linear_policy_loss(
+        LOGITS[None], torch.zeros(3, 4), TARGET[None], torch.zeros(1), **k
+    ),
+    lambda **k: fastlm.entropy(LOGITS, **k),
+    lambda **k: fastlm.nn.CrossEntropyLoss(**k)(LOGITS, TARGET),
+    lambda **k: fastlm.nn.LinearCrossEntropyLoss(4, 3, **k)(LOGITS, TARGET),
+    lambda **k: fastlm.nn.LinearTokenLogprobs(4, 3, **k)(LOGITS, TARGET),
 ]
 
 
@@ -647,21 +744,5 @@ def test_torch_without_distributed(call, monkeypatch):
     call()
 
 
-def run_world(world, folder):
-    # once, and not in each rank
-    import torch._dynamo
-    import torch.distributed.tensor  # noqa: F401
-
-    torch.set_num_threads(1)
-    # nothing has run yet, so no thread is lost by the fork
-    start = multiprocessing.get_context("fork").Process
-    ranks = [start(target=run_rank, args=(rank, world, folder)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    return max(abs(process.exitcode) for process in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(run_world(int(sys.argv[1]), sys.argv[2]))
+    sys.exit(run_world(CASES, int(sys.argv[1]), sys.argv[2]))

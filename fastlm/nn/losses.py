@@ -2,13 +2,16 @@
 
 What fastlm adds is keyword-only. `LinearCrossEntropyLoss` and `LinearTokenLogprobs` share one
 state_dict, so a head trained with the first can be scored with the second.
+
+With `group` (see `fastlm.cross_entropy`) a module holds this process's part of the vocabulary: its
+weights, and `num_classes`, are the part's. Ranks that share a seed start with the same numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,17 @@ from ..ops.linear_cross_entropy.op import linear_cross_entropy
 from ..ops.token_logprobs.op import TokenLogprobs, linear_token_logprobs
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
+
+
+class _Part(NamedTuple):
+    """Of the vocabulary; without a group all of it."""
+
+    group: Any
+    vocab_start_index: int | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Part:
+        # a copy of the module is of the same part, and a process group cannot be copied
+        return self
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -37,16 +51,19 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         temperature: float = 1.0,
+        group: Any = None,
+        vocab_start_index: int | None = None,
         return_aux: Sequence[str] = (),
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.added = {
+        self.added: dict[str, Any] = {
             "z_loss_weight": z_loss_weight,
             "logit_softcapping": logit_softcapping,
             "logit_scale": logit_scale,
             "temperature": temperature,
             "return_aux": tuple(return_aux),
         }
+        self.part = _Part(group, vocab_start_index)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None
@@ -59,7 +76,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             token_weight=token_weight,
-            **self.added,  # type: ignore[arg-type]
+            group=self.part.group,
+            vocab_start_index=self.part.vocab_start_index,
+            **self.added,
         )
 
 
@@ -92,6 +111,8 @@ class LinearCrossEntropyLoss(Module):
         logit_scale: float = 1.0,
         temperature: float = 1.0,
         shift: int = 0,
+        group: Any = None,
+        vocab_start_index: int | None = None,
         return_aux: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -104,7 +125,7 @@ class LinearCrossEntropyLoss(Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.options = options
-        self.added = {
+        self.added: dict[str, Any] = {
             "z_loss_weight": z_loss_weight,
             "logit_softcapping": logit_softcapping,
             "logit_scale": logit_scale,
@@ -112,6 +133,7 @@ class LinearCrossEntropyLoss(Module):
             "shift": shift,
             "return_aux": tuple(return_aux),
         }
+        self.part = _Part(group, vocab_start_index)
 
     def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Loss:
         weight: Tensor = self.linear.weight
@@ -131,7 +153,9 @@ class LinearCrossEntropyLoss(Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             token_weight=token_weight,
-            **self.added,  # type: ignore[arg-type]
+            group=self.part.group,
+            vocab_start_index=self.part.vocab_start_index,
+            **self.added,
         )
 
     def extra_repr(self) -> str:
@@ -164,11 +188,13 @@ class LinearTokenLogprobs(Module):
         return_lse: bool = False,
         return_argmax: bool = False,
         return_sum_sq: bool = False,
+        group: Any = None,
+        vocab_start_index: int | None = None,
         options: Any = None,
     ) -> None:
         super().__init__()
         self.linear = Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "ignore_index": ignore_index,
             "temperature": temperature,
             "logit_scale": logit_scale,
@@ -179,6 +205,7 @@ class LinearTokenLogprobs(Module):
             "return_sum_sq": return_sum_sq,
             "options": options,
         }
+        self.part = _Part(group, vocab_start_index)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | TokenLogprobs:
         return linear_token_logprobs(
@@ -186,7 +213,9 @@ class LinearTokenLogprobs(Module):
             self.linear.weight,
             target,
             linear_bias=self.linear.bias,
-            **self.settings,  # type: ignore[arg-type]
+            group=self.part.group,
+            vocab_start_index=self.part.vocab_start_index,
+            **self.settings,
         )
 
     def extra_repr(self) -> str:

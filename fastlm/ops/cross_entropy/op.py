@@ -7,7 +7,7 @@ operations on one number per row, so every option is differentiable with all oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -15,6 +15,11 @@ from ... import checks
 from ..row_statistics import parallel
 from ..row_statistics.op import result_dtype, row_statistics
 from . import loss as losses
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from .signatures import LossOptions
 
 _OP = "cross_entropy"
 
@@ -34,6 +39,22 @@ def _rows_shape(input: Tensor, target: Tensor) -> list[int]:
     return expected
 
 
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    **rest: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_aux: Sequence[str],
+    **rest: Unpack[LossOptions],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,

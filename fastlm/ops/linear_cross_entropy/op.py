@@ -19,7 +19,7 @@ Backends: those of `linear_row_statistics`, which has the loop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, S
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
 from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
 from .options import accumulator, chunk_bytes
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ..cross_entropy.signatures import LinearLossOptions
 
 _OP = "linear_cross_entropy"
 
@@ -182,6 +187,22 @@ def _shifted(
     return input.narrow(-2, 0, kept), target, token_weight
 
 
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    **rest: Unpack[LinearLossOptions],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_aux: Sequence[str],
+    **rest: Unpack[LinearLossOptions],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -344,15 +365,13 @@ def _chunked(
     late = token_weight is not None and token_weight.requires_grad
     into = accumulator(_OP, options, layer.input, linear_weight)
     if shard is not None:
-        if into is not None:
-            checks.bad_value(_OP, "options.grad_accum_into", "None with a group", "a tensor")
 
         def statistics(
             target: Tensor | None, class_weight: Tensor | None, weight: Tensor | None
         ) -> ParallelStatistics:
             what = Compared(target, class_weight, *compared)
             return parallel.linear_row_statistics(
-                layer, what, weight, shard=shard, wanted=wanted, max_bytes=max_bytes
+                layer, what, weight, shard=shard, wanted=wanted, max_bytes=max_bytes, into=into
             )
 
         rest = (target, weight, token_weight, soft, dtype)

@@ -7,8 +7,8 @@ where `policy_loss(linear_token_logprobs(...))`, which computes the logits again
 frozen head (no gradient of weight and bias) it is 4 against 6. On a CPU rows outside the mask are
 left out of every product, and rows whose gradient is zero (clipped, or without advantage) out of
 those of the gradient. gspo needs the whole sequence before any token's loss, and `grad_accum_into`
-must not be written to before the backward: they are that composition. So is a budget too small for
-whole rows, in cost (`slices.py`).
+must not be written to before the backward: they are that composition. So is a `group`, whose other
+members have the rest of each row, and a budget too small for whole rows, in cost (`slices.py`).
 
 Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the gradients, which
 the backward hands out once, scaled by the upstream gradient; a second backward computes them
@@ -33,6 +33,7 @@ from ..linear_row_statistics import schedule
 from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
 from ..policy_loss import op as policy
 from ..row_statistics.op import Upstream, Wanted, result_dtype
+from ..row_statistics.parallel import Shard, shard_of, unwrapped
 from ..token_logprobs.op import linear_token_logprobs
 from .terms import OP, Options, RowLoss, RowLosses, Terms, checked_options, terms_of
 
@@ -157,6 +158,8 @@ def linear_policy_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcapping: float | None = None,
+    group: Any = None,
+    vocab_start_index: int | None = None,
     options: Any = None,
 ) -> Tensor:
     """Policy-gradient loss of a linear layer's output, without ever holding its logits.
@@ -165,7 +168,8 @@ def linear_policy_loss(
         policy_loss(logprobs, advantages, entropy=entropy, old_logprobs=old_logprobs, ...)
 
     but in 3/4 of the operations (2/3 with a frozen head), because the gradient is taken in the
-    forward, while the logits are there; gspo, whose ratio needs the whole sequence, excepted.
+    forward, while the logits are there. gspo, whose ratio needs the whole sequence, and a call with
+    a group are that composition, in two passes.
 
     Args:
         input: [B, T, H], any float dtype.
@@ -180,7 +184,8 @@ def linear_policy_loss(
             holds gets no gradient. `advantages`, which it may hold itself, is not used and may be
             None; mask, loss_agg_mode and max_length hold. Eager mode only.
         mask ... max_length: see `policy_loss`; the entropy is computed here.
-        ignore_index ... logit_softcapping, options: see `linear_token_logprobs`.
+        ignore_index ... options: see `linear_token_logprobs`. With a group every member gets the
+            same loss, and a `row_loss` is called for all B * T tokens at once.
 
     Returns:
         [], float32, or float64 for float64 `input`.
@@ -188,41 +193,31 @@ def linear_policy_loss(
     Raises:
         As `policy_loss` and `linear_token_logprobs`.
     """
+    linear_weight, group, vocab_start_index, *others = unwrapped(
+        *(OP, "linear_weight", linear_weight, 0, group, vocab_start_index),
+        *(input, target, advantages, linear_bias, old_logprobs, ref_logprobs, mask, is_ratio),
+    )
+    input, target, advantages, linear_bias, old_logprobs, ref_logprobs, mask, is_ratio = others
     layer = linear.checked_layer(OP, input, linear_weight, linear_bias)
     checks.shape(OP, "input", input, (None, None, None), "[B, T, H]")
     checks.integer(OP, "target", target)
     checks.shape(OP, "target", target, input.shape[:2], "one per row of input")
     checks.same_device(OP, "target", target, "input", input)
     scale, softcap = scores(OP, temperature, logit_scale, logit_softcapping)
-    chosen = checked_options(
-        Options(
-            old_logprobs,
-            ref_logprobs,
-            mask,
-            loss_type,
-            clip_eps_low,
-            clip_eps_high,
-            dual_clip,
-            kl_coef,
-            kl_estimator,
-            entropy_coef,
-            is_ratio,
-            is_mode,
-            is_cap,
-            loss_agg_mode,
-            max_length,
-        ),
-        row_loss,
-    )
+    clipping = (clip_eps_low, clip_eps_high, dual_clip)
+    extra = (kl_coef, kl_estimator, entropy_coef, is_ratio, is_mode, is_cap)
+    given = (old_logprobs, ref_logprobs, mask, loss_type, *clipping, *extra)
+    chosen = checked_options(Options(*given, loss_agg_mode, max_length), row_loss)
     target = target.long()
     keep = policy.kept(target, mask, "target", OP) & (target != ignore_index)
     target = torch.where(keep, target, ignore_index)
     call = (layer, target, ignore_index, scale, softcap, options)
+    shard = shard_of(OP, group, vocab_start_index, linear_weight.shape[0])
     into = accumulator(OP, options, input, linear_weight)
     if into is not None and row_loss is not None:
         checks.bad_value(OP, "options.grad_accum_into", "None with row_loss", "a tensor")
-    if loss_type == "gspo" or into is not None:
-        return _composition(*call, advantages, keep, chosen)
+    if loss_type == "gspo" or into is not None or shard is not None:
+        return _composition(*call, advantages, keep, chosen, row_loss, shard)
     return _in_chunks(*call, advantages, keep, chosen, row_loss)
 
 
@@ -248,6 +243,26 @@ def _in_chunks(
     return _LinearPolicyLoss.apply(row_loss, *rows, *compared, *terms, max_bytes, OP, *needs)
 
 
+class _KnownRows(torch.autograd.Function):
+    """Sum of the losses of rows whose log-prob and entropy, [N] each, are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row_loss: RowLoss, terms: Terms, logprobs: Tensor, entropy: Tensor
+    ) -> Tensor:
+        needs = Needs(any(ctx.needs_input_grad), False, False)
+        rows = RowLosses(terms, logprobs, row_loss, needs)
+        rows.evaluate(slice(0, len(logprobs)), logprobs, entropy)
+        ctx.save_for_backward(rows.on_logprob, rows.on_entropy)
+        return rows.losses.sum()
+
+    @staticmethod
+    @library.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        on_logprob, on_entropy = ctx.saved_tensors
+        return None, None, on_logprob * dloss, on_entropy * dloss
+
+
 def _composition(
     layer: Layer,
     target: Tensor,
@@ -258,10 +273,10 @@ def _composition(
     advantages: Tensor | None,
     keep: Tensor,
     chosen: Options,
+    row_loss: RowLoss | None,
+    shard: Shard | None,
 ) -> Tensor:
     """Two passes: the log-probs, then the loss; the backward computes the logits again."""
-    checks.tensor(OP, "advantages", advantages)
-    assert advantages is not None
     found = linear_token_logprobs(
         layer.input,
         layer.weight,
@@ -270,9 +285,17 @@ def _composition(
         ignore_index=ignore_index,
         logit_scale=scale,
         logit_softcapping=softcap or None,
-        return_entropy=chosen.entropy_coef != 0,
+        return_entropy=chosen.entropy_coef != 0 or row_loss is not None,
+        group=shard and shard.group,
+        vocab_start_index=shard and shard.start,
         options=options,
     )
     logprobs, entropy = (found, None) if isinstance(found, Tensor) else found[:2]
+    if row_loss is not None:
+        assert entropy is not None
+        terms = terms_of(None, keep, chosen, logprobs.dtype, custom=True)
+        return _KnownRows.apply(row_loss, terms, logprobs.flatten(), entropy.flatten())
+    checks.tensor(OP, "advantages", advantages)
+    assert advantages is not None
     shared = chosen._replace(mask=keep)._asdict()
     return policy.policy_loss(logprobs, advantages, entropy=entropy, **shared)

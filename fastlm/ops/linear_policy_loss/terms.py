@@ -69,7 +69,9 @@ class RowLosses:
         self.on_entropy = input.new_zeros(differentiated if uses_entropy else 0, dtype=dtype)
 
     def upstream(self, span: Span, found: tuple[Tensor, ...]) -> Upstream:
-        logprob, entropy = found[0], found[2]
+        return self.evaluate(span, found[0], found[2])
+
+    def evaluate(self, span: Span, logprob: Tensor, entropy: Tensor) -> Upstream:
         weight = self.terms.row_weight[span]
         if self.row_loss is not None:
             loss, on_logprob, on_entropy = self._custom(self.row_loss, span, logprob, entropy)

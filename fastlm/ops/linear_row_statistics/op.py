@@ -211,9 +211,21 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias; saved: row_max, log_sum, entropy, sum_sq and
     weight_mass of the forward. That of the weight is added to `into`, if given, and None."""
-    row_max, log_sum, *statistics = saved
-    factors = coefficients(upstream, *statistics)
-    rest = (row_max, log_sum, *factors, *needs, max_bytes)
+    factors = coefficients(upstream, *saved[2:])
+    return gradients_of(layer, compared, saved[:2], factors, needs, max_bytes, into)
+
+
+def gradients_of(
+    layer: Layer,
+    compared: Compared,
+    row_sums: tuple[Tensor, ...],
+    factors: Sequence[Tensor | None],
+    needs: Needs,
+    max_bytes: int,
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """`gradients` for the coefficients of each row; row_sums: row_max and log_sum."""
+    rest = (*row_sums, *factors, *needs, max_bytes)
     if into is None or not needs.weight:
         found = _backward(*layer, *compared, *rest)
     else:

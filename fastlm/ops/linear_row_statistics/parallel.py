@@ -21,6 +21,7 @@ from ... import library
 from ..row_statistics import parallel
 from ..row_statistics.op import Statistics, Wanted, upstream_of
 from ..row_statistics.parallel import ParallelStatistics, Shard
+from . import op as linear
 from .chunks import Compared, Layer, Needs
 
 
@@ -33,6 +34,7 @@ class _ParallelLinearRowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        into: Tensor | None,
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
@@ -58,6 +60,8 @@ class _ParallelLinearRowStatistics(torch.autograd.Function):
         saved = (row_max, log_sum, entropy, sum_sq, mass)
         ctx.save_for_backward(*layer, local.target, local.owned, class_weight, *saved)
         ctx.options, ctx.wanted, ctx.max_bytes, ctx.group = options, wanted, max_bytes, shard.group
+        # not saved: another backward may write to it before this one does
+        ctx.into = into
         ctx.mark_non_differentiable(argmax, mass, whole.classes, whole.target_weight)
         ctx.set_materialize_grads(False)
         results = (logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass)
@@ -70,17 +74,15 @@ class _ParallelLinearRowStatistics(torch.autograd.Function):
         target, owned, class_weight, row_max, log_sum, *statistics = ctx.saved_tensors[3:]
         upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
         if all(value is None for value in upstream):
-            return (None,) * 9
-        needs = Needs(*ctx.needs_input_grad[:3])
+            return (None,) * 10
+        needs = Needs(*ctx.needs_input_grad[1:4])
         factors = parallel.shard_coefficients(upstream, owned, *statistics)
         compared = Compared(target, class_weight, *ctx.options)
-        found = torch.ops.fastlm.linear_row_statistics_backward(
-            *layer, *compared, row_max, log_sum, *factors, *needs, ctx.max_bytes
-        )
-        if needs.input:
+        rest = (factors, needs, ctx.max_bytes, ctx.into)
+        found = linear.gradients_of(layer, compared, (row_max, log_sum), *rest)
+        if found[0] is not None:
             torch.distributed.all_reduce(found[0], group=ctx.group)
-        gradients = (g if need else None for g, need in zip(found, needs, strict=True))
-        return *gradients, *(None,) * 6
+        return None, *found, *(None,) * 6
 
 
 def linear_row_statistics(
@@ -91,10 +93,11 @@ def linear_row_statistics(
     shard: Shard,
     wanted: Wanted,
     max_bytes: int,
+    into: Tensor | None = None,
 ) -> ParallelStatistics:
     """`op.linear_row_statistics` of rows of which the layer's weight and bias, and the class
     weights, are this rank's part; target_weight: see `parallel.row_statistics`."""
     found = _ParallelLinearRowStatistics.apply(
-        *layer, compared.class_weight, target_weight, shard, compared, wanted, max_bytes
+        into, *layer, compared.class_weight, target_weight, shard, compared, wanted, max_bytes
     )
     return ParallelStatistics(Statistics(*found[:7]), *found[7:])

@@ -227,7 +227,8 @@ def policy_loss(
             checks.bad_value("policy_loss", "entropy", "given with entropy_coef", None)
         loss = loss - entropy_coef * per_token("entropy", entropy, keep)
     mode = AGGREGATION[loss_type] if loss_agg_mode is None else loss_agg_mode
-    return reference.aggregate(loss, keep, mode, max_length)
+    # a constant in float64 does not widen the result
+    return reference.aggregate(loss, keep, mode, max_length).to(logprobs.dtype)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -> Tensor:

@@ -7,7 +7,7 @@ pass over the logits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ from ..linear_row_statistics import parallel as linear_parallel
 from ..linear_row_statistics.chunks import Compared
 from ..row_statistics import parallel
 from ..row_statistics.op import Statistics, Wanted, row_statistics
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from . import signatures as typed
 
 
 class TokenLogprobs(NamedTuple):
@@ -52,6 +57,36 @@ def _gathered(
     )
 
 
+@overload
+def token_logprobs(logits: Tensor, target: Tensor, **rest: Unpack[typed.Alone]) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **rest: Unpack[typed.WithEntropy],
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, target: Tensor, *, return_lse: Literal[True], **rest: Unpack[typed.WithLse]
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_argmax: Literal[True],
+    **rest: Unpack[typed.WithArgmax],
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, target: Tensor, *, return_sum_sq: Literal[True], **rest: Unpack[typed.WithSumSq]
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, target: Tensor, **rest: Unpack[typed.Either]
+) -> Tensor | TokenLogprobs: ...
 def token_logprobs(
     logits: Tensor,
     target: Tensor,
@@ -121,6 +156,50 @@ def token_logprobs(
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
 
+@overload
+def linear_token_logprobs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **rest: Unpack[typed.LinearAlone]
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **rest: Unpack[typed.LinearWithEntropy],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    **rest: Unpack[typed.LinearWithLse],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_argmax: Literal[True],
+    **rest: Unpack[typed.LinearWithArgmax],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_sum_sq: Literal[True],
+    **rest: Unpack[typed.LinearWithSumSq],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **rest: Unpack[typed.LinearEither]
+) -> Tensor | TokenLogprobs: ...
 def linear_token_logprobs(
     input: Tensor,
     linear_weight: Tensor,
@@ -179,15 +258,19 @@ def linear_token_logprobs(
             rows, compared, wanted=wanted, max_bytes=max_bytes, caller=op, into=into
         )
     else:
-        if into is not None:
-            checks.bad_value(op, "options.grad_accum_into", "None with a group", "a tensor")
         found, _, _ = linear_parallel.linear_row_statistics(
-            rows, compared, None, shard=shard, wanted=wanted, max_bytes=max_bytes
+            rows, compared, None, shard=shard, wanted=wanted, max_bytes=max_bytes, into=into
         )
     return _gathered(found, shape, return_entropy, return_lse, return_argmax, return_sum_sq)
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def entropy(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    group: Any = None,
+    vocab_start_index: int | None = None,
+) -> Tensor:
     """Entropy of each row's softmax, without storing the softmax.
 
     Same as:
@@ -196,18 +279,29 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     Args:
         logits: [..., V], any float dtype; -inf is a class of probability 0.
         temperature: positive; divides the logits.
+        group, vocab_start_index: as in `token_logprobs`.
 
     Returns:
         [...], float32 (float64 for float64 logits), in nats, differentiable.
 
     Raises:
         ValueError: a shape or value differs from the above. TypeError: a dtype does.
+        RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     op = "entropy"
+    logits, group, vocab_start_index = parallel.unwrapped(
+        op, "logits", logits, -1, group, vocab_start_index
+    )
     checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         checks.bad_value(op, "logits", "[..., V] of at least one class", list(logits.shape))
     scale, _ = scores(op, temperature, 1.0, None)
     rows = logits.reshape(-1, logits.shape[-1])
-    found = row_statistics(rows, None, None, wanted=Wanted(entropy=True), scale=scale, caller=op)
+    wanted = Wanted(entropy=True)
+    shard = parallel.shard_of(op, group, vocab_start_index, logits.shape[-1])
+    if shard is None:
+        found = row_statistics(rows, None, None, wanted=wanted, scale=scale, caller=op)
+    else:
+        compared = (rows, None, None, None)
+        found, _, _ = parallel.row_statistics(*compared, shard=shard, wanted=wanted, scale=scale)
     return found.entropy.view(logits.shape[:-1])

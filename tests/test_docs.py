@@ -1,0 +1,145 @@
+"""What the pages in docs/ name exists: tests, functions, arguments."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlm
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ROOTS = {"fastlm": fastlm, "nn": fastlm.nn, "torch": torch, "F": torch.nn.functional}
+
+
+@cache
+def functions_of(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    body = ast.parse(path.read_text("utf-8")).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
+@cache
+def known_names() -> set[str]:
+    """Public names, and the arguments and fields that go with them."""
+    public = [getattr(fastlm, name) for name in fastlm.__all__]
+    public += [getattr(fastlm.nn, name) for name in fastlm.nn.__all__]
+    names = {*fastlm.__all__, *fastlm.TokenLogprobs._fields}
+    for value in filter(callable, public):
+        names |= set(inspect.signature(value).parameters)
+    return names
+
+
+def resolved(dotted: str) -> Any:
+    """The object, or None."""
+    root, *rest = dotted.split(".")
+    value = ROOTS.get(root)
+    if value is None and root in fastlm.__all__:
+        value = getattr(fastlm, root)
+    for name in rest:
+        value = getattr(value, name, None)
+    return value
+
+
+def complaints_of_call(call: ast.Call) -> Iterator[str]:
+    function = resolved(ast.unparse(call.func))
+    if function is None:
+        yield f"{ast.unparse(call.func)} is no function"
+        return
+    parameters = inspect.signature(function).parameters
+    for keyword in call.keywords:
+        if keyword.arg not in parameters:
+            yield f"{ast.unparse(call.func)} has no argument {keyword.arg}"
+
+
+def complaints_of_code(text: str, every_name: bool = True) -> Iterator[str]:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        yield f"{text} is no code"
+        return
+    inner = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield from complaints_of_call(node)
+        if isinstance(node, ast.Attribute):
+            inner.add(node.value)
+            if node not in inner and resolved(ast.unparse(node)) is None:
+                yield f"{ast.unparse(node)} does not exist"
+        if isinstance(node, ast.Name) and every_name and node not in inner:
+            if node.id not in known_names():
+                yield f"{node.id} is no name of fastlm"
+
+
+def complaints_of_test(reference: str) -> Iterator[str]:
+    path, _, name = reference.partition("::")
+    if name not in functions_of(ROOT / path):
+        yield f"{reference} does not exist"
+
+
+def complaints(page: str) -> list[str]:
+    found: list[str] = []
+    spans = set(re.findall(r"`([^`\n]+)`", page))
+    for reference in set(re.findall(r"tests/[\w./]+(?:::\w+)?", page)):
+        found += complaints_of_test(reference)
+    for dotted in set(re.findall(r"\bfastlm(?:\.\w+)+", page)):
+        known = dotted == "fastlm.testing.check" or resolved(dotted) is not None
+        found += [] if known else [f"{dotted} does not exist"]
+    for span in spans:
+        if not span.startswith("tests/") and span != "fastlm.testing.check":
+            found += complaints_of_code(span)
+    for line in re.findall(r"^    (.*\bfastlm\..*)$", page, re.MULTILINE):
+        found += complaints_of_code(line, every_name=False)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    assert complaints(page.read_text("utf-8")) == []
+
+
+def test_the_losses_have_a_page_with_their_tests() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text("utf-8")
+    assert len(set(re.findall(r"tests/\w+\.py::\w+", page))) > 40
+    losses = {n for n in fastlm.__all__ if n.endswith(("_loss", "entropy", "logprobs", "_div"))}
+    assert {name for name in losses if f"`{name}`" not in page} == set()
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("`tests/test_docs.py::test_nothing`", "tests/test_docs.py::test_nothing does not exist"),
+        ("see tests/test_none.py::test_a", "tests/test_none.py::test_a does not exist"),
+        ("fastlm.nn.Loss", "fastlm.nn.Loss does not exist"),
+        ("`cross_entropy(..., label_smooth=0.1)`", "cross_entropy has no argument label_smooth"),
+        (
+            "`nn.LinearCrossEntropyLoss(4, 5, lse=1)`",
+            "nn.LinearCrossEntropyLoss has no argument lse",
+        ),
+        ("`linear_entropy(input)`", "linear_entropy is no function"),
+        ("`max_memory`", "max_memory is no name of fastlm"),
+        ("`torch.nothing`", "torch.nothing does not exist"),
+        ("`a b`", "a b is no code"),
+        ("    loss = fastlm.policy_loss(x, clip=2)", "fastlm.policy_loss has no argument clip"),
+    ],
+)
+def test_a_wrong_name_is_seen(text: str, complaint: str) -> None:
+    assert complaint in complaints(text)
+
+
+def test_right_names_are_not_complained_about() -> None:
+    right = """`cross_entropy(..., weight=weight)`, `group`, `nn.GRU`, `torch.compile`, fastlm.gae,
+        `tests/test_docs.py::test_right_names_are_not_complained_about`
+
+    loss = fastlm.linear_cross_entropy(hidden, part, target, group=group)
+    """
+    assert complaints(right) == []
