@@ -59,10 +59,47 @@ def cases(op: str, what: str, ours: Callable, plain: Callable) -> list[Case]:
     ]
 
 
+def make_linear(rows: int, features: int, classes: int) -> Callable[[str], Arguments]:
+    def build(device: str) -> Arguments:
+        hidden = torch.randn(rows, features, device=device)
+        weight = torch.randn(classes, features, device=device) * features**-0.5
+        return hidden, weight, torch.randint(classes, (rows,), device=device)
+
+    return build
+
+
+def linear_alone(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return fastlm.linear_token_logprobs(hidden, weight, target)
+
+
+def linear_both(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    result = fastlm.linear_token_logprobs(hidden, weight, target, return_entropy=True)
+    return result.logprobs, result.entropy
+
+
+def plain_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return plain_both(torch.nn.functional.linear(hidden, weight), target)
+
+
+LINEAR = [
+    Case(
+        op="linear_token_logprobs",
+        name=f"with-entropy-N{rows}-H{features}-V{classes}",
+        make=make_linear(rows, features, classes),
+        ours=linear_both,
+        plain=plain_linear,
+        others={"logprobs alone": linear_alone},
+        flops=8.0 * rows * features * classes,  # the logits twice, their two gradients
+        reach="alone >= 0.95",
+    )
+    for rows, features, classes in ((2048, 512, 10000), (512, 1024, 50257))
+]
+
 CASES = [
     *cases("token_logprobs", "logprob", lambda a, b: fastlm.token_logprobs(a, b), plain_logprobs),
     *cases("token_logprobs", "with-entropy", both, plain_both),
     *cases("entropy", "entropy", lambda logits, _: fastlm.entropy(logits), plain_entropy),
+    *LINEAR,
 ]
 
 

@@ -168,11 +168,18 @@ def extra_memory(call: Callable[[], Any], device: str = "cpu") -> int:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    text = info.read_text()
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1) if found else ""
+
+    name, family = field("model name"), field("cpu family")
+    if name and family and not re.search(r"\d", name):  # a virtual machine hides the model
+        return f"{name} family {family}"
+    return name or platform.processor() or platform.machine()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

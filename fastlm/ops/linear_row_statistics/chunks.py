@@ -21,10 +21,10 @@ from ... import matmul
 from ..row_statistics.op import Upstream, Wanted, coefficients, result_dtype
 
 # rows of a chunk on a CPU: products of fewer than 64 rows run at half the rate, more than 512 gain
-# nothing; in between 1/8 of the rows, which keeps a chunk below 5% of what three tensors of logits
+# nothing; in between 1/9 of the rows, which keeps a chunk below 5% of what three tensors of logits
 # take. Small chunks are not worth the memory they save.
 _CPU_BYTES = 10 << 20
-_CPU_LEAST, _CPU_MOST, _CPU_SHARE = 64, 512, 8
+_CPU_LEAST, _CPU_MOST, _CPU_SHARE = 64, 512, 9
 _GPU_BYTES = 256 << 20
 _SLICE_BYTES = 2 << 20
 
