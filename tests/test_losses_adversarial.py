@@ -683,3 +683,29 @@ def test_argmax_is_the_largest_logit_where_no_sum_exists(backend, kind):
             logits, torch.tensor([3, 0]), return_argmax=True, return_lse=True, **options
         )
     assert found.argmax.tolist() == [3, 0] and found.logprobs[0].isnan()
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_probabilities_for_any_number_of_row_dimensions(rows, reduction, learned):
+    x, w, b = torch.randn(*rows, 4), torch.randn(7, 4), torch.randn(7)
+    target, token_weight = torch.rand(*rows, 7), torch.rand(rows)
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+
+    def ours(x, w, b, target, token_weight):
+        target = target if learned else target.detach()
+        rest = {"linear_bias": b, "return_aux": ("lse",), "token_weight": token_weight}
+        loss, aux = fastlm.linear_cross_entropy(x, w, target, **rest, **options)
+        return loss, aux["lse"]
+
+    def plain(x, w, b, target, token_weight):
+        z = F.linear(x, w, b)
+        target = target if learned else target.detach()
+        smooth = target * 0.9 + 0.1 / 7
+        each = -(smooth * z.log_softmax(-1)).sum(-1) * token_weight
+        if reduction != "none":
+            each = each.mean() if reduction == "mean" else each.sum()
+        return each, z.logsumexp(-1)
+
+    check(ours, plain, (x, w, b, target, token_weight))

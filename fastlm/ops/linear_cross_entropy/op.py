@@ -279,8 +279,9 @@ def linear_cross_entropy(
         if not (soft and target.requires_grad):
             return _chunked(layer, target, weight, token_weight, loss, soft, shift, options, shard)
         _refuse_shift(shift, "0 with probabilities that need a gradient")
-        logits = torch.nn.functional.linear(*layer).flatten(0, -2)
-        target = target.flatten(0, -2)
+        logits = torch.nn.functional.linear(*layer)
+        if logits.dim() > 2:  # classes second, as cross_entropy has them
+            logits, target = logits.movedim(-1, 1), target.movedim(-1, 1)
     return cross_entropy(
         logits,
         target,
