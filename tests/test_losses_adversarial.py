@@ -598,9 +598,10 @@ def test_second_derivative_is_refused(name, upstream):
         sum(g.square().sum() for g in first).backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
-def test_compile_for_one_shape(name):
-    args = leaves(make(name))
+def test_compile_for_one_shape(name, dtype):
+    args = leaves(make(name, dtype=dtype))
 
     def total(*args):
         return sum((v * (i + 1)).sum() for i, v in enumerate(tensors(case(name).ours(*args))))
@@ -611,6 +612,19 @@ def test_compile_for_one_shape(name):
     torch.testing.assert_close(got, want)
     for a, b in zip(gradients([got], args), gradients([want], args), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_opcheck_of_the_dtype_that_gradients_wait_in(dtype):
+    x, w, b, target = make("linear", dtype=dtype)
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    rows = [torch.randn(5, dtype=wide_dtype) for _ in range(3)]
+    args = (x, w, b, target, torch.rand(33, dtype=wide_dtype), IGNORED, 0.7, 2.0)
+    args = (*args, True, False, True, True, 0, "test", *rows, True, True, True)
+    torch.library.opcheck(torch.ops.fastlm.linear_cross_entropy.default, args)
+    found = torch.ops.fastlm.linear_cross_entropy(*args)[9:]
+    waits = torch.float32 if dtype == torch.float16 else dtype
+    assert all(g.dtype == waits for g in found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
