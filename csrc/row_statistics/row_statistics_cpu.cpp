@@ -134,18 +134,33 @@ struct BlockSums {
   }
 };
 
-// sum of exp(z - base) over the classes whose z is not about the largest
+// sum of exp(z - base) without the largest class, from the sums of `add_block`: only the lane that
+// has it is summed again
 template <typename T, bool kCap>
 __attribute__((noinline)) double sum_of_rest(const Scores<kCap>& scores, const T* x, int count,
-                                             float base) {
-  Vec sum{};
-  for (int i = 0; i < count; i += kLanes) {
-    int rest = count - i < kLanes ? count - i : kLanes;
-    Vec v = rest < kLanes ? load_first(x + i, rest, 0.f) : load(x + i);
-    Vec e = exp(scores.z(scores.squash(v)) - base);
-    sum += select((e < 0.5f) & first_lanes(rest), e, Vec{});
+                                             float base, Vec even, Vec odd) {
+  constexpr int kStep = 2 * kLanes;
+  float lanes[kStep], in_lane[kBlock / kStep + 2];
+  store(lanes, even);
+  store(lanes + kLanes, odd);
+  int certain = 0, n = 0;
+  double sum = 0;
+  for (int i = 0; i < kStep; ++i) {
+    if (lanes[i] > 0.5f)
+      certain = i;
+    else
+      sum += lanes[i];
   }
-  return reduce_add(sum);
+  const int pairs = count / kStep * kStep;
+  for (int i = certain; i < pairs; i += kStep) in_lane[n++] = to_float(x[i]);
+  if (certain < kLanes)
+    for (int i = pairs + certain; i < count; i += kLanes) in_lane[n++] = to_float(x[i]);
+  Vec rest{};
+  for (int i = 0; i < n; i += kLanes) {
+    Vec e = exp(scores.z(scores.squash(load_first(in_lane + i, n - i, 0.f))) - base);
+    rest += select((e < 0.5f) & first_lanes(n - i), e, Vec{});
+  }
+  return sum + reduce_add(rest);
 }
 
 template <typename T, bool kCap, bool kMoments, bool kWeighted>
@@ -180,7 +195,7 @@ void add_block(const RowForward& a, const T* x, const float* weight, int count, 
   const float sum = reduce_add(block.sum);
   // one class has nearly all: beside its 1 the others, and with them the loss, would be rounded off
   const bool certain = sum < kCertain && sum > 0.5f;
-  row->merge(base, certain ? 1 + sum_of_rest(scores, x, count, base) : sum,
+  row->merge(base, certain ? 1 + sum_of_rest(scores, x, count, base, even.sum, odd.sum) : sum,
              kMoments ? reduce_add(block.moment) : 0, kMoments ? reduce_add(block.squares) : 0);
   if (kWeighted) {
     double mass = reduce_add(block.mass);
