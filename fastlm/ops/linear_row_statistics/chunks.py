@@ -210,15 +210,30 @@ class Products:
         return logits[: len(live)]
 
 
+def held_dtype(input: Tensor) -> torch.dtype:
+    """Of gradients that wait for the upstream gradient. float16 has neither the range of a mean's
+    gradients before they are scaled up (a scaled loss), nor of a sum's before they are divided."""
+    return torch.float32 if input.dtype == torch.float16 else input.dtype
+
+
 class Gradients:
     """Sums of the gradients over the chunks; None where one is not needed."""
 
-    def __init__(self, products: Products, needs: Needs, into: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        products: Products,
+        needs: Needs,
+        into: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """dtype: of the results, the layer's by default."""
         layer = products.layer
         self.products = products
+        self.dtype = layer.input.dtype if dtype is None else dtype
         self.started = False
         self.into = into if needs.weight else None
-        self.dinput = layer.input.new_empty(layer.input.shape) if needs.input else None
+        like = layer.input
+        self.dinput = like.new_empty(like.shape, dtype=self.dtype) if needs.input else None
         new = needs.weight and into is None
         self.dweight = products.new(*layer.weight.shape) if new else None
         self.dbias = products.new(products.classes) if needs.bias else None
@@ -255,15 +270,14 @@ class Gradients:
             dinput[span] = out.to(dinput.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dinput, dweight, dbias in the layer's dtype; no elements where not needed."""
-        dtype = self.products.layer.input.dtype
+        """dinput, dweight, dbias; no elements where not needed."""
         found = (self.dinput, self.dweight, self.dbias)
         if not self.started:  # no rows
             for value in found:
                 if value is not None:
                     value.zero_()
-        none = self.products.layer.input.new_empty(0)
-        dinput, dweight, dbias = (none.clone() if g is None else g.to(dtype) for g in found)
+        none = self.products.layer.input.new_empty(0, dtype=self.dtype)
+        dinput, dweight, dbias = (none.clone() if g is None else g.to(self.dtype) for g in found)
         return dinput, dweight, dbias
 
 
@@ -297,7 +311,7 @@ def forward(
     """See `schedule.py`."""
     rows = len(layer.input)
     products = Products(layer, chunk, kernels.matmul)
-    gradients = Gradients(products, needs)
+    gradients = Gradients(products, needs, dtype=held_dtype(layer.input))
     live = few(rows, compared.live())
     if live is not None:
         clear_statistics(out)
