@@ -34,26 +34,29 @@ from ..linear_row_statistics.chunks import (
 )
 from ..row_statistics.op import result_dtype
 
-# logits of student and teacher and two buffers of their size live at once
-_BUFFERS = 4
 _LEAST_ROWS = 64
 
-# (logits of a chunk, which are spent, its rows, factor [n, 1] of the gradient or None for none) ->
+# (logits of a chunk, which are spent, its rows, factor [n] of the gradient or None for none) ->
 # divergence [n], gradient [n, V]
 Rows = Callable[[Tensor, Span, Tensor | None], tuple[Tensor, Tensor]]
-# rows per chunk -> Rows
-Prepare = Callable[[int], Rows]
 
 
-def _chunk(layer: Layer, max_bytes: int) -> int:
+class Prepared(NamedTuple):
+    """How the rows of a chunk are compared with the teacher's."""
+
+    rows: Callable[[int], Rows]  # of the rows per chunk
+    buffers: int  # of a chunk's size that live at once, the student's logits among them
+
+
+def _chunk(layer: Layer, max_bytes: int, buffers: int) -> int:
     rows, classes = layer.input.shape[0], layer.weight.shape[0]
     itemsize, device = result_dtype(layer.input).itemsize, layer.input.device.type
     if max_bytes > 0:
-        return chunk_rows(rows, _BUFFERS * classes, itemsize, max_bytes, device)
+        return chunk_rows(rows, buffers * classes, itemsize, max_bytes, device)
     if max_bytes < 0:  # minus the rows
         return chunk_rows(rows, classes, itemsize, -max_bytes * classes * itemsize, device)
     one_buffer = chunk_rows(rows, classes, itemsize, 0, device)
-    most = max(_LEAST_ROWS, one_buffer // (_BUFFERS - 1))
+    most = max(_LEAST_ROWS, one_buffer // max(1, buffers - 1))
     return chunk_rows(rows, classes, itemsize, most * classes * itemsize, device)
 
 
@@ -75,16 +78,16 @@ def run(
     row_weight: Tensor | None,
     needs: Needs,
     max_bytes: int,
-    prepare: Prepare,
+    prepared: Prepared,
 ) -> tuple[Tensor, ...]:
     """The op's results. Rows that `keep` takes out are not computed on a CPU; elsewhere choosing
     rows would wait for the device."""
-    rows, chunk = layer.input.shape[0], _chunk(layer, max_bytes)
+    rows, chunk = layer.input.shape[0], _chunk(layer, max_bytes, prepared.buffers)
     layer = layer._replace(input=without_masked(layer.input, keep))
     row_weight = None if row_weight is None else without_masked(row_weight, keep)
     products = Products(layer, Chunk(chunk))
     gradients = Gradients(products, needs)
-    compare = prepare(chunk)
+    compare = prepared.rows(chunk)
     value = products.new(rows)
     live = None
     if keep is not None and _on_cpu(value):
@@ -95,7 +98,7 @@ def run(
         logits = products.logits(span)
         factor = None
         if row_weight is not None and any(needs):
-            factor = row_weight[span][:, None]
+            factor = row_weight[span]
         value[span], dlogits = compare(logits, span, factor)
         if factor is not None:
             gradients.add(dlogits, span)
