@@ -15,24 +15,22 @@ import fastlm
 from fastlm.bench.case import Arguments, Case
 
 
+Layer = tuple[Tensor, Tensor]  # hidden states and the weight
+
+
 def make(rows: int, features: int, classes: int) -> Callable[[str], Arguments]:
-    """student, its weight, teacher, its weight: of one size, the teacher's without a gradient."""
+    """student, its weight, and both of the teacher as one argument, which gets no gradient."""
 
-    def build(device: str) -> Arguments:
-        layer = []
-        for _ in range(2):
-            hidden = torch.randn(rows, features, device=device)
-            layer += [hidden, torch.randn(classes, features, device=device) * features**-0.5]
-        return tuple(layer)
+    def layer(device: str) -> Layer:
+        hidden = torch.randn(rows, features, device=device)
+        return hidden, torch.randn(classes, features, device=device) * features**-0.5
 
-    return build
+    return lambda device: (*layer(device), layer(device))
 
 
-def plain(
-    student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, divergence: str
-) -> Tensor:
+def plain(student: Tensor, weight: Tensor, teacher: Layer, divergence: str) -> Tensor:
     with torch.no_grad():
-        log_p = functional.linear(teacher, teacher_weight).log_softmax(-1)
+        log_p = functional.linear(*(x.to(student.dtype) for x in teacher)).log_softmax(-1)
     log_q = functional.linear(student, weight).log_softmax(-1)
     kl_div = functools.partial(functional.kl_div, reduction="batchmean", log_target=True)
     if divergence == "forward":
@@ -43,11 +41,8 @@ def plain(
     return 0.5 * (kl_div(log_m, log_p) + kl_div(log_m, log_q))
 
 
-def ours(
-    student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, divergence: str
-) -> Tensor:
-    teacher, teacher_weight = teacher.detach(), teacher_weight.detach()
-    return fastlm.linear_kl_div(student, weight, teacher, teacher_weight, divergence=divergence)
+def ours(student: Tensor, weight: Tensor, teacher: Layer, divergence: str) -> Tensor:
+    return fastlm.linear_kl_div(student, weight, *teacher, divergence=divergence)
 
 
 CASES = [

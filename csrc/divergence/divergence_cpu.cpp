@@ -13,20 +13,21 @@ constexpr int64_t kBlock = 4096;
 
 #define FASTLM_LAMBDA __attribute__((always_inline))
 
-// log-probabilities of a row: (scale * logits - max) - log_sum
+// log-probabilities of a row: scale * (logits - max) - log_sum
 struct Scores {
   float* logits;
   float scale, max;
   double log_sum = 0;
 
   Scores(float* logits, float scale, int64_t classes)
-      : logits(logits), scale(scale), max(largest_of(logits, classes, 1.f) * scale) {}
+      : logits(logits), scale(scale), max(largest_of(logits, classes, 1.f)) {}
 };
 
-// relative to the maximum; lanes outside read as -infinity, a class without probability
+// scores relative to the largest, which must be exactly 0 (the product first, contracted with the
+// difference, would leave its rounding); lanes outside read as -infinity, without probability
 FASTLM_INLINE Vec shifted(const Scores& row, int64_t i, int count) {
   Vec x = count == kLanes ? load(row.logits + i) : load_first(row.logits + i, count, -kInfinity);
-  return x * row.scale - row.max;
+  return (x - row.max) * row.scale;
 }
 
 FASTLM_INLINE void write(float* p, Vec x, int count) {
