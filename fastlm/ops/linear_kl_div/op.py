@@ -7,9 +7,9 @@ Saved: the inputs and, where the weight of each row is known beforehand, the gra
 weight and bias, computed along with the value (6 N H V operations for the student, 2 for the
 teacher, which gets no gradient). Otherwise ("none") the backward computes the logits again.
 
-Memory beyond inputs and gradients: one chunk of each one's logits, of as many rows as
-`linear_row_statistics` takes; for half-precision inputs what it needs for them. The reference holds
-four chunks, of a third of the rows (at least 64).
+Memory beyond inputs and gradients: on a CPU one chunk of each one's logits, of an eighth of the
+rows, at least 96 (products of fewer are slow), at most 512; the reference holds four of half as
+many rows. For half-precision inputs what `linear_row_statistics` needs for them.
 
 Backends: in all of them the library computes the products, in chunks of rows. triton and cpu take
 float32, bfloat16 and float16 (the logits are float32) and compare the rows in a kernel, which
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Chunk, Layer, Needs, Products, Span
+from ..linear_row_statistics.chunks import Layer, Needs, Products, Span
 from ..row_statistics import op as rows_op
 from ..row_statistics.op import result_dtype
 from . import loop, reference
@@ -63,7 +63,7 @@ class _Teacher:
     """Compares chunks of the student's logits with the teacher's."""
 
     def __init__(self, kernel: _Rows, layer: Layer, options: tuple[Any, ...], chunk: int) -> None:
-        self.products = Products(layer, Chunk(chunk))
+        self.products = Products(layer, loop.chunk_of(layer, chunk))
         self.scratch = self.products.new(kernel.scratch, chunk, layer.weight.shape[0])
         self.kernel, self.options = kernel, options
 

@@ -41,14 +41,18 @@ def _times(probability, x):
 
 @triton.jit
 def _log1p(x):
-    # log(y) with the rounding of y = 1 + x made good; y is 0 only where the result is not used
-    y = 1.0 + x
+    # log(y) with the rounding of y = 1 + x made good; a class of the mixture's other side alone has
+    # x = -1 where its weight rounds to 1
+    y = tl.maximum(1.0 + x, 1.17549435e-38)
     return tl.log(y) + (x - (y - 1.0)) / y
 
 
 @triton.jit
 def _against_mixture(p, q, beta, rest):
     """p log(p / m) and q log(q / m), m = beta p + rest q."""
+    # a denormal counts as 0: the quotients below would overflow
+    p = tl.where(p < 1.17549435e-38, 0.0, p)
+    q = tl.where(q < 1.17549435e-38, 0.0, q)
     difference = q - p
     of_p = _times(p, -_log1p(rest * difference / tl.where(p == 0, 1.0, p)))
     of_q = _times(q, -_log1p(-beta * difference / tl.where(q == 0, 1.0, q)))

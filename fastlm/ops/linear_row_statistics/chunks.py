@@ -118,6 +118,7 @@ class Chunk(NamedTuple):
     rows: int
     slice_bytes: int = _SLICE_BYTES  # of the weight, for half-precision inputs
     tile_bytes: int = 0  # not 0: no whole rows, but tiles of this size
+    classes: int = 0  # of a slice of the weight in a product; 0: all
 
 
 def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
@@ -149,7 +150,7 @@ class Products:
         self.logits_buffer = self.new(chunk.rows, self.classes)
         self.bias = None if layer.bias is None else layer.bias.to(self.dtype)
         self.widens = layer.input.dtype != self.dtype
-        self.step = max(1, self.classes)
+        self.step = max(1, min(self.classes, chunk.classes or self.classes))
         if self.widens:
             row_bytes = max(1, self.features) * self.dtype.itemsize
             self.step = min(self.step, max(64, chunk.slice_bytes // row_bytes))
