@@ -14,7 +14,6 @@ from torch.nn import functional
 import fastlm
 from fastlm.bench.case import Arguments, Case
 
-
 Layer = tuple[Tensor, Tensor]  # hidden states and the weight
 
 

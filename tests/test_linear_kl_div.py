@@ -519,6 +519,23 @@ def test_memory_is_a_small_share_of_plains():
         assert peak[which] <= 0.05 * peak["plain"] + 2048, peak
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference's operations hold more")
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("budget", [1 << 19, 1 << 20, 1 << 22])
+def test_chunks_stay_within_the_budget(peak_bytes, divergence, budget):
+    student, weight, _, teacher, head, _ = make(500, 8, 6, 6000, torch.float32)
+    leaves = student.requires_grad_(), weight.requires_grad_()
+    options = fastlm.LinearCrossEntropyOptions(max_memory_bytes=budget)
+
+    def call():
+        options_of_call = {"divergence": divergence, "options": options}
+        loss = fastlm.linear_kl_div(*leaves, teacher, head, **options_of_call)
+        return torch.autograd.grad(loss, leaves)
+
+    gradients = 4 * sum(leaf.numel() for leaf in leaves)
+    assert peak_bytes(call) <= 1.05 * budget + gradients
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [

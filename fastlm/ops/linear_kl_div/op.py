@@ -8,8 +8,8 @@ weight and bias, computed along with the value (6 N H V operations for the stude
 teacher, which gets no gradient). Otherwise ("none") the backward computes the logits again.
 
 Memory beyond inputs and gradients: on a CPU one chunk of each one's logits, of an eighth of the
-rows, at least 96 (products of fewer are slow), at most 512; the reference holds four of half as
-many rows. For half-precision inputs what `linear_row_statistics` needs for them.
+rows, at least 96 (products of fewer are slow) or 5 MiB, at most 512; the reference holds four of
+half as many rows. For half-precision inputs what `linear_row_statistics` needs for them.
 
 Backends: in all of them the library computes the products, in chunks of rows. triton and cpu take
 float32, bfloat16 and float16 (the logits are float32) and compare the rows in a kernel, which

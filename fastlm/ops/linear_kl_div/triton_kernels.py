@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..row_statistics.triton_kernels import on_device, shape_of_a_program
 
+# elements of a program's block at most, and of a thread
+MOST, PER_THREAD = 1024, 4
+
 
 @triton.jit
 def _shifted(row, column, classes, scale, top):
@@ -43,16 +46,16 @@ def _times(probability, x):
 def _log1p(x):
     # log(y) with the rounding of y = 1 + x made good; a class of the mixture's other side alone has
     # x = -1 where its weight rounds to 1
-    y = tl.maximum(1.0 + x, 1.17549435e-38)
+    y = tl.maximum(1.0 + x, 1.2e-38)
     return tl.log(y) + (x - (y - 1.0)) / y
 
 
 @triton.jit
 def _against_mixture(p, q, beta, rest):
     """p log(p / m) and q log(q / m), m = beta p + rest q."""
-    # a denormal counts as 0: the quotients below would overflow
-    p = tl.where(p < 1.17549435e-38, 0.0, p)
-    q = tl.where(q < 1.17549435e-38, 0.0, q)
+    # a denormal (less than 1.2e-38) counts as 0: the quotients below would overflow
+    p = tl.where(p < 1.2e-38, 0.0, p)
+    q = tl.where(q < 1.2e-38, 0.0, q)
     difference = q - p
     of_p = _times(p, -_log1p(rest * difference / tl.where(p == 0, 1.0, p)))
     of_q = _times(q, -_log1p(-beta * difference / tl.where(q == 0, 1.0, q)))
@@ -143,7 +146,8 @@ def divergence(
     rows, classes = logits.shape
     if rows == 0:
         return
-    block, warps = shape_of_a_program(classes)
+    # two rows and their logs at once: with 8 elements a thread JSD exceeds what a thread has
+    block, _ = shape_of_a_program(min(classes, MOST))
     with on_device(logits):
         divergence_kernel[(rows,)](
             value,
@@ -156,5 +160,5 @@ def divergence(
             scale,
             KIND=divergence,
             BLOCK=block,
-            num_warps=warps,
+            num_warps=max(1, block // (32 * PER_THREAD)),
         )
