@@ -152,8 +152,21 @@ def row_statistics() -> Iterator[Any]:
     yield from recorder.launches
 
 
+def linear_kl_div() -> Iterator[Any]:
+    """Each divergence, with and without a gradient; sizes that specialise and sizes that do not."""
+    from fastlm.ops.linear_kl_div import triton_kernels as kernels
+
+    recorder = Recorder(kernels, "divergence_kernel")
+    for classes in (50304, 1001, 1):
+        value, rows = torch.empty(3), torch.empty(3, classes)
+        for kind in ("forward", "reverse", "jsd"):
+            for factor in (None, torch.empty(3)):
+                kernels.divergence(value, rows, torch.empty_like(rows), factor, kind, 0.3, 0.7)
+    yield from recorder.launches
+
+
 def main() -> None:
-    for launches in (row_statistics,):
+    for launches in (row_statistics, linear_kl_div):
         for launch in launches():
             for capability in CAPABILITIES:
                 print(json.dumps(resources(launch, capability)), flush=True)

@@ -10,11 +10,8 @@ namespace FASTLM_ISA {
 namespace {
 
 constexpr int kBlock = 4096;  // 16 KiB of float32
-constexpr float kInfinity = __builtin_inff();
 // exp(kLowest) is 0, and 0 * kLowest is 0 where 0 * -infinity would be NaN
 constexpr float kLowest = -1e4f;
-
-FASTLM_INLINE Vec select(VecInt mask, Vec a, Vec b) { return mask ? a : b; }
 
 FASTLM_INLINE VecInt first_lanes(int count) {
   VecInt lane;
@@ -32,7 +29,9 @@ struct Scores {
       : scale(scale), cap(softcap), inverse_cap(kCap ? 1.f / softcap : 0.f) {}
   // tanh of the logit, or the logit itself
   Vec squash(Vec x) const { return kCap ? tanh(x * inverse_cap) : x; }
-  Vec z(Vec squashed) const { return kCap ? squashed * cap * scale : squashed * scale; }
+  // rounded, as the largest score is: fused with its subtraction equal logits would differ by the
+  // rounding of the largest
+  Vec z(Vec squashed) const { return rounded(kCap ? squashed * cap * scale : squashed * scale); }
   // dz/dlogits
   Vec slope(Vec squashed) const {
     return kCap ? scale * (1.f - squashed * squashed) : broadcast(scale);
@@ -69,22 +68,6 @@ struct RowSums {
     }
   }
 };
-
-// largest of x * sign; NaN is passed over here and makes the sums NaN
-template <typename T>
-FASTLM_INLINE float largest_of(const T* x, int count, float sign) {
-  Vec m0 = broadcast(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
-  int i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    m0 = max(load(x + i) * sign, m0);
-    m1 = max(load(x + i + kLanes) * sign, m1);
-    m2 = max(load(x + i + 2 * kLanes) * sign, m2);
-    m3 = max(load(x + i + 3 * kLanes) * sign, m3);
-  }
-  for (; i + kLanes <= count; i += kLanes) m0 = max(load(x + i) * sign, m0);
-  if (i < count) m0 = max(load_first(x + i, count - i, -kInfinity * sign) * sign, m0);
-  return reduce_max(max(max(m0, m1), max(m2, m3)));
-}
 
 // the first of the largest logits, or the first NaN
 template <typename T>

@@ -133,6 +133,7 @@ class Chunk(NamedTuple):
     rows: int
     slice_bytes: int = _SLICE_BYTES  # of the weight, for half-precision inputs
     tile_bytes: int = 0  # not 0: no whole rows, but tiles of this size
+    classes: int = 0  # of a slice of the weight in a product; 0: all
 
 
 def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
@@ -165,7 +166,7 @@ class Products:
         self.bias = None if layer.bias is None else layer.bias.to(self.dtype)
         self.rounds = layer.input.dtype != self.dtype
         self.widens = self.rounds and not matmul.takes_mixed(layer.input.dtype)
-        self.step = max(1, self.classes)
+        self.step = max(1, min(self.classes, chunk.classes or self.classes))
         if self.rounds:
             self.input_buffer = self.new(chunk.rows, self.features)
         if self.widens:

@@ -245,7 +245,7 @@ def shape_of_a_program(classes: int) -> tuple[int, int]:
     return block, max(1, block // (32 * PER_THREAD))
 
 
-def _on_device(value: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(value: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext()
 
@@ -278,7 +278,7 @@ def forward(
         logits = logits.contiguous()
     block, warps = shape_of_a_program(classes)
     weight, weight_stride = _weight(class_weight)
-    with _on_device(logits):
+    with on_device(logits):
         forward_kernel[(rows,)](
             logits,
             None if target is None else target.contiguous(),
@@ -318,7 +318,7 @@ def backward_into(
     block, warps = shape_of_a_program(classes)
     blocks = triton.cdiv(classes, block)
     weight, weight_stride = _weight(class_weight)
-    with _on_device(logits):
+    with on_device(logits):
         backward_kernel[(rows * blocks,)](
             dlogits,
             logits,
