@@ -23,7 +23,7 @@ from ..cross_entropy.loss import REDUCTIONS, finite
 from ..linear_cross_entropy.options import chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import (
-    PLAIN,
+    LIBRARY,
     Chunk,
     Gradients,
     Layer,
@@ -55,18 +55,18 @@ class Prepared(NamedTuple):
 
     rows: Callable[[int], Rows]  # of the rows per chunk
     buffers: int  # of a chunk's size that live at once, the student's logits among them
-    matmul: Matmul = PLAIN
+    matmul: Matmul = LIBRARY
 
 
 def _chunk(layer: Layer, max_bytes: int, buffers: int) -> int:
     rows, classes = layer.input.shape[0], layer.weight.shape[0]
-    itemsize, device = result_dtype(layer.input).itemsize, layer.input.device.type
+    itemsize, device = result_dtype(layer.input).itemsize, layer.input.device
     if max_bytes > 0:
         return chunk_rows(rows, buffers * classes, itemsize, max_bytes, device)
     if max_bytes < 0:  # minus the rows
         return chunk_rows(rows, classes, itemsize, -max_bytes * classes * itemsize, device)
     own_choice = chunk_rows(rows, buffers * classes, itemsize, 0, device)
-    if device != "cpu":
+    if device.type != "cpu":
         return own_choice
     # the share of the rows that `chunk_rows` takes is meant for little more than one buffer
     least = 64 if matmul.own_is_faster else _LEAST_ROWS.get(buffers, 64)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import FASTEST, PLAIN, Layer, Matmul, Needs, Products, Span
+from ..linear_row_statistics.chunks import FASTEST, LIBRARY, Layer, Matmul, Needs, Products, Span
 from ..row_statistics import op as rows_op
 from ..row_statistics.op import result_dtype
 from . import loop, reference
@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
 
     compare: Callable[..., tuple[Tensor, Tensor]]
     scratch: int = 0
-    matmul: Matmul = PLAIN
+    matmul: Matmul = LIBRARY
 
 
 class _Teacher:

@@ -52,7 +52,8 @@ class _Tiles:
         self.dtype = result_dtype(layer.input)
         self.classes, self.features = layer.weight.shape
         self.widens = layer.input.dtype != self.dtype
-        self.widens &= not matmul.takes_mixed(layer.input.dtype)
+        self.widens &= not matmul.takes_mixed(layer.input)
+        self.rounds_logits = matmul.rounds and layer.input.dtype != self.dtype and not self.widens
         count = len(layer.input) if live is None else len(live)
         # copies: of the logits; per row and per class of as many numbers as there are features
         soft = compared.class_weight is not None and compared.class_weight.dim() == 2
@@ -287,6 +288,8 @@ def backward(
             dlogits = kernels.backward(logits, local, *scale, tuple(factor))
             if dbias is not None:
                 dbias[part] += dlogits.sum(0)
+            if tiles.rounds_logits:
+                dlogits = dlogits.to(layer.input.dtype)
             if total is not None:
                 tiles.into(total, dlogits.t(), rows, accumulate=True)
             if dinput is None:
