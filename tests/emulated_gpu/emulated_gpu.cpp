@@ -13,9 +13,9 @@ namespace gpu {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kGuard = 64;                   // bytes past shared memory that must not change
-constexpr uint32_t kPoison = 0x7fa5a5a5u;       // a NaN, as float and as two bfloat16
-constexpr int64_t kMaxIdle = 20'000'000;        // switches without progress: nothing will come
+constexpr size_t kGuard = 64;              // bytes past shared memory that must not change
+constexpr uint32_t kPoison = 0x7fa5a5a5u;  // a NaN, as float and as two bfloat16
+constexpr int64_t kMaxIdle = 20'000'000;   // switches without progress: nothing will come
 
 struct Settings {
   uint64_t seed = 1;

@@ -1,0 +1,304 @@
+"""The CUDA kernels of the GRU without a GPU: their own source on an emulated device.
+
+Every thread of the grid is a fiber, switched in random order; global stores arrive late and out of
+order (tests/emulated_gpu). So what is tested is the kernels' index arithmetic, the exchange between
+blocks, and every launch plan; not speed, and not the hardware's own instructions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+
+import emulated_gru
+import pytest
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm import dispatch, testing
+from fastlm.ops.embedding_gru import cuda_kernels, op, reference
+
+if shutil.which("g++") is None:
+    pytest.skip("no g++ to compile the emulated device", allow_module_level=True)
+
+PARTS = (1, 2, 3)
+# batch, steps, features, hidden: odd, tails of every kind, one of everything
+SHAPES = [(1, 1, 1, 1), (5, 7, 12, 19), (9, 3, 5, 48), (2, 9, 7, 65)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> emulated_gru.Device:
+    return emulated_gru.Device(emulated_gru.build(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture
+def device(
+    library: emulated_gru.Device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[emulated_gru.Device]:
+    """The cuda backend takes CPU tensors, and its kernels are the emulated ones."""
+    library.reset()
+    monkeypatch.setattr(cuda_kernels, "raw", library.raw)
+    for name in ("gru", "embedding_gru"):
+        changed = dataclasses.replace(
+            dispatch._OPS[name]["cuda"], devices=("cpu",), unavailable=None, refuses=lambda **_: None
+        )
+        monkeypatch.setitem(dispatch._OPS[name], "cuda", changed)
+    yield library
+
+
+def weights(features: int, hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = ((3 * hidden, features), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))
+    return [(torch.randn(s) / hidden**0.5).to(dtype) for s in shapes]
+
+
+def plain(x: Tensor, h0: Tensor, *w: Tensor, batch_first: bool = True) -> tuple[Tensor, Tensor]:
+    out, h_n = torch.gru(x, h0[None], list(w), True, 1, 0.0, False, False, batch_first)
+    return out, h_n[0]
+
+
+def ours(x: Tensor, h0: Tensor, *w: Tensor, batch_first: bool = True) -> tuple[Tensor, Tensor]:
+    with fastlm.use_backend("cuda"):
+        out, h_n = fastlm.gru(x, h0[None], w, batch_first=batch_first)
+    return out, h_n[0]
+
+
+@pytest.fixture
+def forced() -> Iterator[None]:
+    with fastlm.use_backend("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_plain(
+    device: emulated_gru.Device, forced: None, poisoned: None, shape: tuple, dtype: torch.dtype,
+    batch_first: bool,
+) -> None:  # fmt: skip
+    b, t, c, h = shape
+    x = torch.randn(b, t, c) if batch_first else torch.randn(t, b, c)
+    args = (x.to(dtype), torch.randn(b, h).to(dtype), *weights(c, h, dtype))
+    testing.check(
+        lambda *a: ours(*a, batch_first=batch_first),
+        lambda *a: plain(*a, batch_first=batch_first),
+        args,
+    )
+
+
+@pytest.mark.parametrize("dedupe", ("batch", "vocab", "off"))
+@pytest.mark.parametrize("save", ("gates", "hidden"))
+def test_embedding_matches_plain(
+    device: emulated_gru.Device, forced: None, dedupe: str, save: str
+) -> None:
+    def embedded(tokens: Tensor, weight: Tensor, h0: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
+        return plain(torch.nn.functional.embedding(tokens, weight), h0, *w)
+
+    def fused(tokens: Tensor, weight: Tensor, h0: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
+        return fastlm.embedding_gru(tokens, weight, *w, h0=h0, dedupe=dedupe, save=save)
+
+    args = (torch.randint(0, 9, (4, 6)), torch.randn(9, 8), torch.randn(4, 21), *weights(8, 21))
+    testing.check(fused, embedded, args)
+
+
+def case(
+    b: int, t: int, h: int, *, parts: int, rows: int = 7, resets: bool = True, h0: bool = True
+) -> dict:
+    """Arguments of a recurrence; weights that the operands hold exactly."""
+    w_hh = torch.randn(3 * h, h) / h**0.5
+    return dict(
+        table=torch.randn(rows, 3 * h),
+        index=torch.randint(0, rows, (b * t,)),
+        reset=(torch.rand(b * t) < 0.3).to(torch.uint8) if resets else None,
+        w_hh=w_hh.bfloat16().float() if parts == 1 else w_hh,
+        b_hh=torch.randn(3 * h) / h**0.5,
+        h0=torch.randn(b, h) if h0 else None,
+        batch=b,
+    )
+
+
+def run(args: dict, parts: int, batch_first: bool = True, reverse: bool = False) -> list[Tensor]:
+    """Results of both passes; the gradients are of fixed random upstream ones."""
+    how = (args["batch"], batch_first, reverse)
+    shared = (args["index"], args["reset"], args["w_hh"])
+    forward = cuda_kernels.forward(parts, args["table"], *shared, args["b_hh"], args["h0"], *how)
+    output, h_n, gates = (x.float() for x in forward)
+    generator = torch.Generator().manual_seed(7)
+    dout, dh_n = (torch.randn(x.shape, generator=generator) for x in (output, h_n))
+    rows = args["table"].shape[0]
+    index, reset, w_hh = shared
+    backward = cuda_kernels.backward(
+        parts, dout, dh_n, index, rows, reset, w_hh, args["h0"], output, gates, *how
+    )
+    return [*forward, *backward]
+
+
+def truth(
+    args: dict, batch_first: bool = True, reverse: bool = False, like: list | None = None
+) -> list[Tensor]:
+    """The reference in float64; its backward on the states and gates in `like`."""
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in args.items()}  # fmt: skip
+    how = (args["batch"], batch_first, reverse)
+    forward = reference.forward(
+        *(wide[k] for k in ("table", "index", "reset", "w_hh", "b_hh", "h0")), *how
+    )
+    output, h_n, gates = (x.double() for x in (like or forward)[:3])
+    generator = torch.Generator().manual_seed(7)
+    dout, dh_n = (torch.randn(x.shape, generator=generator).double() for x in (output, h_n))
+    backward = reference.backward(
+        dout, dh_n, wide["index"], args["table"].shape[0], wide["reset"], wide["w_hh"],
+        wide["h0"], output, gates, *how,
+    )  # fmt: skip
+    return [*forward, *backward]
+
+
+# relative to the largest value: bfloat16 outputs and operands, 16 bits, float32
+ALLOWED = {1: 8e-3, 2: 2e-5, 3: 2e-6}
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], parts: int) -> None:
+    for number, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert testing.error(a.double(), b) <= ALLOWED[parts] * float(b.abs().max()), number
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_resets_and_directions(
+    device: emulated_gru.Device, poisoned: None, parts: int, reverse: bool, batch_first: bool
+) -> None:
+    args = case(11, 6, 21, parts=parts)
+    got = run(args, parts, batch_first, reverse)
+    assert_close(got, truth(args, batch_first, reverse, got), parts)
+
+
+def test_a_reset_hides_everything_before(device: emulated_gru.Device) -> None:
+    """Bitwise: what follows a reset is the run that starts there, on whatever device size."""
+    args = case(3, 6, 37, parts=3, resets=False)
+    args["reset"] = torch.zeros(3, 6, dtype=torch.uint8)
+    args["reset"][:, 2] = 1
+    whole = run({**args, "reset": args["reset"].flatten()}, 3)[0].view(3, 6, -1)
+    tail = {**args, "index": args["index"].view(3, 6)[:, 2:].reshape(-1), "h0": None, "reset": None}
+    assert torch.equal(whole[:, 2:], run(tail, 3)[0].view(3, 4, -1))
+
+
+# one hidden size for each tiling, the largest ones with few steps
+@pytest.mark.parametrize("parts, h", [(1, 250), (1, 300), (1, 520), (1, 1030), (2, 140), (2, 300),
+                                      (2, 520), (3, 140), (3, 300), (3, 520)])  # fmt: skip
+def test_every_tiling(device: emulated_gru.Device, parts: int, h: int) -> None:
+    args = case(2, 2, h, parts=parts, resets=False)
+    got = run(args, parts)
+    assert_close(got, truth(args, like=got), parts)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_batch_of_several_launches(device: emulated_gru.Device, parts: int) -> None:
+    """Bitwise what a large device gives in one launch; the last slice is not full."""
+    args = case(75, 2, 40, parts=parts)
+    one = run(args, parts)
+    assert device.launches == 2
+    device.reset(multiprocessors=6 if parts == 1 else 3, seed=5)
+    several = run(args, parts)
+    assert device.launches > 2
+    assert device.rows(40, parts, False) < 75
+    for a, b in zip(one, several, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refuses_what_cannot_be_on_chip_at_once(device: emulated_gru.Device) -> None:
+    device.reset(multiprocessors=2)
+    assert device.rows(33, 3, False) == 0 and device.rows(32, 3, False) > 0
+    with pytest.raises(RuntimeError, match="cudaError_t 801"):
+        run(case(2, 2, 33, parts=3), 3)
+    device.reset(shared=48 * 1024)
+    assert device.rows(520, 3, True) == 0
+    device.reset()
+    assert device.rows(2049, 1, True) == device.rows(1025, 3, False) == 0
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_the_order_of_threads_does_not_change_a_bit(
+    device: emulated_gru.Device, parts: int
+) -> None:
+    args = case(9, 4, 40, parts=parts)
+    results = []
+    for seed in range(1, 7):
+        device.reset(seed=seed)
+        results.append(run(args, parts))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_nan_stays_in_its_sequence(device: emulated_gru.Device, parts: int) -> None:
+    """And it hangs nobody who waits for a value that is not the NaN of unwritten memory."""
+    clean = case(9, 4, 40, parts=parts, rows=36, resets=False)
+    clean["index"] = torch.arange(36)
+    dirty = {k: v.clone() if isinstance(v, Tensor) else v for k, v in clean.items()}
+    dirty["h0"][1, 3] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # all bits one
+    dirty["table"][4 * 5 + 1, :] = float("nan")  # row 5, from its second step on
+    dirty["table"][4 * 7 + 1, 3] = float("inf")
+    a, b = run(clean, parts), run(dirty, parts)
+    kept = [0, 2, 3, 4, 6, 8]
+    for x, y in zip(a[:3], b[:3], strict=True):
+        assert torch.equal(x.view(9, -1)[kept], y.view(9, -1)[kept])
+    assert b[0].view(9, 4, -1)[1].isnan().all()
+    assert b[0].view(9, 4, -1)[5, 1:].isnan().all() and b[0].view(9, 4, -1)[5, 0].isfinite().all()
+    for number in (3, 4, 5):  # dtable of rows of their own, dhidden, dh0
+        assert torch.equal(a[number].view(9, -1)[kept], b[number].view(9, -1)[kept])
+
+
+def test_an_index_outside_the_table_is_nan(device: emulated_gru.Device) -> None:
+    args = case(3, 2, 9, parts=3, resets=False)
+    args["index"][2], args["index"][5] = 7, -1
+    output = cuda_kernels.forward(
+        3, *(args[k] for k in ("table", "index", "reset", "w_hh", "b_hh", "h0")), 3, True, False
+    )[0].view(3, 2, -1)
+    assert output[0].isfinite().all()
+    assert output[1].isnan().all() and output[2, 1].isnan().all()
+
+
+@pytest.mark.parametrize("first, second", [("cuda", "cpu"), ("cpu", "cuda"),
+                                           ("cuda", "reference")])  # fmt: skip
+def test_any_forward_with_any_backward(
+    device: emulated_gru.Device, first: str, second: str
+) -> None:
+    x, h0, w = torch.randn(4, 6, 8), torch.randn(1, 4, 21), weights(8, 21)
+    leaves = [a.requires_grad_() for a in (x, h0, *w)]
+
+    def grads(first: str, second: str) -> tuple[Tensor, ...]:
+        with fastlm.use_backend(first):
+            out, h_n = fastlm.gru(leaves[0], leaves[1], leaves[2:], batch_first=True)
+        with fastlm.use_backend(second):
+            return torch.autograd.grad(out.square().sum() + h_n.sum(), leaves)
+
+    for a, b in zip(grads(first, second), grads("reference", "reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_no_state_no_bias(device: emulated_gru.Device, forced: None) -> None:
+    x, (w_ih, w_hh, *_) = torch.randn(3, 4, 5), weights(5, 9)
+    got = op.GRULayer.apply(x, w_ih, w_hh, None, None, None, None, True, True, "gates")[0]
+    with fastlm.use_backend("reference"):
+        want = op.GRULayer.apply(x, w_ih, w_hh, None, None, None, None, True, True, "gates")[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("skipped", (1, 2, 3))
+def test_the_emulation_sees_a_missing_barrier(device: emulated_gru.Device, skipped: int) -> None:
+    """1: before the first step. 2: states gathered. 3: sums complete."""
+    args = case(9, 3, 40, parts=3, resets=False)
+    want = run(args, 3)[:3]
+    wrong = 0
+    for seed in range(1, 6):
+        device.reset(seed=seed, skipped_barrier=skipped)
+        try:
+            got = run(args, 3)[:3]
+        except RuntimeError:
+            wrong += 1
+            continue
+        wrong += any(not torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert wrong
