@@ -70,8 +70,8 @@ class Device:
     def launches(self) -> int:
         return self.library.emulator_launches()
 
-    def rows(self, hidden: int, parts: int, backward: bool) -> int:
-        return self.library.emulated_gru_rows(ctypes.c_int64(hidden), parts, backward)
+    def rows(self, hidden: int, parts: int, clusters: bool, backward: bool) -> int:
+        return self.library.emulated_gru_rows(ctypes.c_int64(hidden), parts, clusters, backward)
 
     def _call(self, name: str, *args: Any) -> None:
         code = getattr(self.library, name)(*map(_value, args))
@@ -81,23 +81,23 @@ class Device:
 
     def gru_forward_cuda(
         self, table: Tensor, index: Any, reset: Any, w_hh: Tensor, b_hh: Any, h0: Any, parts: int,
-        batch_first: bool, reverse: bool, exchange: Tensor, h_n: Tensor, gates: Any,
+        clusters: bool, batch_first: bool, reverse: bool, exchange: Tensor, h_n: Tensor, gates: Any,
     ) -> None:  # fmt: skip
         batch, hidden = h_n.shape
         self._call(
             "emulated_gru_forward", table, table.shape[0], index, reset, w_hh, b_hh, h0, parts,
-            batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, h_n, gates,
+            clusters, batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, h_n, gates,
         )  # fmt: skip
 
     def gru_backward_cuda(
         self, dout: Tensor, dh_n: Tensor, reset: Any, w_hh: Tensor, h0: Any, out: Tensor,
-        gates: Tensor, parts: int, batch_first: bool, reverse: bool, exchange: Tensor,
+        gates: Tensor, parts: int, clusters: bool, batch_first: bool, reverse: bool, exchange: Tensor,
         dinput: Tensor, dhidden: Any, dh0: Tensor,
     ) -> None:  # fmt: skip
         batch, hidden = dh_n.shape
         self._call(
-            "emulated_gru_backward", dout, dh_n, reset, w_hh, h0, out, gates, parts, batch_first,
-            reverse, batch, exchange.shape[0] // batch, hidden, exchange, dinput, dhidden, dh0,
+            "emulated_gru_backward", dout, dh_n, reset, w_hh, h0, out, gates, parts, clusters,
+            batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, dinput, dhidden, dh0,
         )  # fmt: skip
 
     def raw(self, name: str) -> Any:

@@ -89,6 +89,104 @@ FASTLM_DEVICE float exponential(float x) { return expf(x); }
 // 0 where the denominator is infinite or above 2^126
 FASTLM_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 
+FASTLM_DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+
+// Clusters of blocks, compute capability 9.0 and later. A signal counts the bytes that arrive with
+// it; a phase ends when one thread has said how many to expect and all have come.
+FASTLM_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+FASTLM_DEVICE int cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+}
+FASTLM_DEVICE void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+FASTLM_DEVICE uint32_t address_in_block(uint32_t address, int rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+FASTLM_DEVICE void signal_start(uint32_t signal) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(signal) : "memory");
+}
+// after all signals of a block were started, before the first cluster_barrier
+FASTLM_DEVICE void signals_started() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+FASTLM_DEVICE void signal_expect(uint32_t signal, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(signal), "r"(bytes)
+               : "memory");
+}
+FASTLM_DEVICE void signal_wait(uint32_t signal, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}" ::"r"(signal),
+      "r"(parity)
+      : "memory");
+}
+// to addresses from address_in_block
+FASTLM_DEVICE void store_remote(uint32_t to, uint32_t signal, const uint32_t (&v)[4]) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(signal)
+      : "memory");
+}
+FASTLM_DEVICE void store_remote(uint32_t to, uint32_t signal, float x, float y) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          to),
+      "f"(x), "f"(y), "r"(signal)
+      : "memory");
+}
+
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = {};
+
+  ClusterLaunch(int blocks, int cluster, int threads, size_t shared, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+};
+
+template <class Args>
+cudaError_t launch_clusters(void (*kernel)(Args), int blocks, int cluster, int threads,
+                            size_t shared, cudaStream_t stream, Args args) {
+  ClusterLaunch launch(blocks, cluster, threads, shared, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, args);
+}
+
+// clusters of so many blocks that the device can hold at once
+template <class Args>
+cudaError_t resident_clusters(void (*kernel)(Args), int cluster, int threads, size_t shared,
+                              int* clusters) {
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  ClusterLaunch launch(cluster, cluster, threads, shared, nullptr);
+  return cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config);
+}
+
 template <class Args>
 cudaError_t launch_cooperative(void (*kernel)(Args), int blocks, int threads, size_t shared,
                                cudaStream_t stream, Args args) {

@@ -6,58 +6,6 @@ namespace fastlm {
 namespace gru {
 namespace {
 
-// what one step of the backward reads, fetched while the step before waits for other blocks
-struct Saved {
-  float r[2], z[2], n[2], a[2], h[2], dout[2];
-
-  FASTLM_DEVICE void load(const GruCudaBackward& args, const Pair& pair, int64_t row, int step) {
-    const GruShape& s = args.shape;
-    const int64_t at = token(s, row, step), hidden = s.hidden;
-    const float* gates = args.gates + at * 4 * hidden + pair.unit;
-    load_pair(gates, pair.count, r);
-    load_pair(gates + hidden, pair.count, z);
-    load_pair(gates + 2 * hidden, pair.count, n);
-    load_pair(gates + 3 * hidden, pair.count, a);
-    load_pair(args.dout + at * hidden + pair.unit, pair.count, dout);
-    const bool starts = args.reset && args.reset[at];
-    const float* before = starts     ? nullptr
-                          : step > 0 ? args.out + token(s, row, step - 1) * hidden
-                          : args.h0  ? args.h0 + row * hidden
-                                     : nullptr;
-    load_pair(before + pair.unit, before ? pair.count : 0, h);
-  }
-};
-
-// the gradients of one step's gates, published and stored; leaves d * z in d
-template <class T>
-FASTLM_DEVICE void publish_gradients(const GruCudaBackward& a, const Pair& pair, int64_t n,
-                                     const Saved& saved, float (&d)[2]) {
-  const int64_t hidden = a.shape.hidden, width = gru_exchange_width(hidden);
-  GateGradients grad[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const Gates gates = {saved.r[i], saved.z[i], saved.n[i], saved.a[i]};
-    d[i] += saved.dout[i];
-    grad[i] = gradients_of(gates, saved.h[i], d[i]);
-    d[i] *= gates.z;
-    if (i >= pair.count) grad[i] = {0.f, 0.f, 0.f, 0.f};
-  }
-  const int64_t at = n * kGates * width + pair.unit;
-  publish<T::kParts>(a.exchange, at, grad[0].dr, grad[1].dr);
-  publish<T::kParts>(a.exchange, at + width, grad[0].dz, grad[1].dz);
-  publish<T::kParts>(a.exchange, at + 2 * width, grad[0].dnr, grad[1].dnr);
-  float* input = a.dinput + n * kGates * hidden + pair.unit;
-  store_pair(input, pair.count, grad[0].dr, grad[1].dr);
-  store_pair(input + hidden, pair.count, grad[0].dz, grad[1].dz);
-  store_pair(input + 2 * hidden, pair.count, grad[0].dn, grad[1].dn);
-  if (a.dhidden_gates) {
-    float* to = a.dhidden_gates + n * kGates * hidden + pair.unit;
-    store_pair(to, pair.count, grad[0].dr, grad[1].dr);
-    store_pair(to + hidden, pair.count, grad[0].dz, grad[1].dz);
-    store_pair(to + 2 * hidden, pair.count, grad[0].dnr, grad[1].dnr);
-  }
-}
-
 // Gathers the gradients of gates FirstGate.. of one step and multiplies them with the weights.
 template <class T, int FirstGate>
 FASTLM_DEVICE void add_gates(const GruCudaBackward& a, const Weights<T, true>& weights,
@@ -95,17 +43,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ Launch<GruCudaBackward> launch) {
   const GruCudaBackward& a = launch.args;
   const int steps = int(a.shape.steps);
-  const int64_t hidden = a.shape.hidden;
+  const int64_t hidden = a.shape.hidden, width = gru_exchange_width(hidden);
   const Shared<T, true> shared(launch.slices.row_tiles);
-  const Place place(launch.slices);
+  const Place place = place_of(launch.slices);
   const Pair pair = Pair::of<T>(place, hidden);
   const int64_t row = place.first_row + pair.row;
 
   Weights<T, true> weights;
-  weights.load(a.w_hh, hidden, place.rank * T::kUnits + place.warp % T::kGroups * 16,
-               place.warp / T::kGroups * T::kTiles * 16,
-               shared.loose + place.warp * kGates * T::kLoose * gpu::kLanesOfWarp,
-               shared.stage(place.warp));
+  const int first_unit = place.rank * T::kUnits + place.warp % T::kGroups * 16;
+  const int first_k = place.warp / T::kGroups * T::kTiles * 16;
+  weights.load(
+      [&](int g, int t, int m, int k) {
+        return weight_at(a.w_hh, hidden, g, first_k + t * 16 + k, first_unit + m);
+      },
+      shared.loose + place.warp * kGates * T::kLoose * gpu::kLanesOfWarp, shared.stage(place.warp));
   gpu::barrier();
   clear_states(shared, launch.slices.row_tiles);
   float d[2];
@@ -117,7 +68,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int step = steps - 1; step >= 0; --step) {
     const int64_t n = token(a.shape, row, step);
     if (pair.writes) {
-      publish_gradients<T>(a, pair, n, saved, d);
+      GateGradients grad[2];
+      step_back(pair, saved, d, grad);
+      const int64_t at = n * kGates * width + pair.unit;
+      publish<T::kParts>(a.exchange, at, grad[0].dr, grad[1].dr);
+      publish<T::kParts>(a.exchange, at + width, grad[0].dz, grad[1].dz);
+      publish<T::kParts>(a.exchange, at + 2 * width, grad[0].dnr, grad[1].dnr);
+      store_gradients(a, pair, n, grad);
       if (step > 0) saved.load(a, pair, row, step - 1);
     }
     add_gates<T, 0>(a, weights, shared, place, launch.slices.row_tiles, step);

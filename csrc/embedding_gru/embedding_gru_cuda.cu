@@ -57,21 +57,6 @@ FASTLM_DEVICE unsigned char reset_at(const uint8_t* reset, const GruShape& s, co
   return reset[token(s, place.first_row + row, step)];
 }
 
-// the input projection of one token
-FASTLM_DEVICE void load_input(const GruCudaForward& a, const Pair& pair, int64_t row, int step,
-                              float (&x)[2][kGates]) {
-  const int64_t n = token(a.shape, row, step), hidden = a.shape.hidden;
-  const int64_t at = a.index ? a.index[n] : n;
-  const bool valid = at >= 0 && at < a.rows;
-#pragma unroll
-  for (int g = 0; g < kGates; ++g) {
-    float v[2];
-    load_pair(a.table + (valid ? at : 0) * kGates * hidden + g * hidden + pair.unit, pair.count, v);
-    x[0][g] = valid ? v[0] : NAN;
-    x[1][g] = valid ? v[1] : NAN;
-  }
-}
-
 // product of the weights and the states in shared memory, into the shares of the sums
 template <class T>
 FASTLM_DEVICE void multiply_states(const Weights<T, false>& weights, const Shared<T, false>& shared,
@@ -104,25 +89,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int steps = int(a.shape.steps);
   const int64_t hidden = a.shape.hidden, width = gru_exchange_width(hidden);
   const Shared<T, false> shared(launch.slices.row_tiles);
-  const Place place(launch.slices);
+  const Place place = place_of(launch.slices);
   const Pair pair = Pair::of<T>(place, hidden);
   const int64_t row = place.first_row + pair.row;
   const int max_rows = launch.slices.row_tiles * kBatchTile;
 
   Weights<T, false> weights;
-  weights.load(a.w_hh, hidden, place.rank * T::kUnits + place.warp % T::kGroups * 16,
-               place.warp / T::kGroups * T::kTiles * 16,
-               shared.loose + place.warp * kGates * T::kLoose * gpu::kLanesOfWarp,
-               shared.stage(place.warp));
+  const int first_unit = place.rank * T::kUnits + place.warp % T::kGroups * 16;
+  const int first_k = place.warp / T::kGroups * T::kTiles * 16;
+  weights.load(
+      [&](int g, int t, int m, int k) {
+        return weight_at(a.w_hh, hidden, g, first_unit + m, first_k + t * 16 + k);
+      },
+      shared.loose + place.warp * kGates * T::kLoose * gpu::kLanesOfWarp, shared.stage(place.warp));
   gpu::barrier();
   clear_states(shared, launch.slices.row_tiles);
-  float h[2] = {0.f, 0.f}, bias[kGates][2], x[2][kGates];
-  if (a.h0) load_pair(a.h0 + row * hidden + pair.unit, pair.count, h);
-#pragma unroll
-  for (int g = 0; g < kGates; ++g) {
-    load_pair(a.b_hh + g * hidden + pair.unit, a.b_hh ? pair.count : 0, bias[g]);
-  }
-  if (pair.count > 0) load_input(a, pair, row, 0, x);
+  ForwardUnits units;
+  units.start(a, pair, row);
   unsigned char next_start = reset_at(a.reset, a.shape, place, 0);
   if (gpu::thread_index() < max_rows) shared.starts[gpu::thread_index()] = next_start;
   next_start = reset_at(a.reset, a.shape, place, 1);
@@ -142,36 +125,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!pair.writes) continue;
     Gates gates[2] = {};
     if (pair.count > 0) {
-      if (a.reset && starts[pair.row]) h[0] = h[1] = 0.f;
+      if (a.reset && starts[pair.row]) units.h[0] = units.h[1] = 0.f;
       float s[2][kGates];
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        s[0][g] = bias[g][0];
-        s[1][g] = bias[g][1];
+        s[0][g] = units.bias[g][0];
+        s[1][g] = units.bias[g][1];
         add_shares(shared, pair, g, s[0][g], s[1][g]);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        gates[i] = gates_of(x[i], s[i]);
-        h[i] = gates[i].n + gates[i].z * (h[i] - gates[i].n);
-      }
-      if (pair.count < 2) h[1] = 0.f;
+      units.advance(pair, s, gates);
     }
-    const int64_t n = token(a.shape, row, step);
-    publish<T::kParts>(a.exchange, n * width + pair.unit, h[0], h[1]);
-    if (pair.count == 0) continue;
-    if (step + 1 < steps) {
-      load_input(a, pair, row, step + 1, x);
-    } else {
-      store_pair(a.h_n + row * hidden + pair.unit, pair.count, h[0], h[1]);
-    }
-    if (a.gates) {
-      float* to = a.gates + n * 4 * hidden + pair.unit;
-      store_pair(to, pair.count, gates[0].r, gates[1].r);
-      store_pair(to + hidden, pair.count, gates[0].z, gates[1].z);
-      store_pair(to + 2 * hidden, pair.count, gates[0].n, gates[1].n);
-      store_pair(to + 3 * hidden, pair.count, gates[0].a, gates[1].a);
-    }
+    publish<T::kParts>(a.exchange, token(a.shape, row, step) * width + pair.unit, units.h[0],
+                       units.h[1]);
+    if (pair.count > 0) units.finish(a, pair, row, step, gates);
   }
 }
 

@@ -58,11 +58,18 @@ struct GruCudaFit {
 namespace gru {
 GruCudaFit forward_fit(int64_t hidden, int parts);
 GruCudaFit backward_fit(int64_t hidden, int parts);
+GruCudaFit forward_cluster_fit(int64_t hidden, int parts);
+GruCudaFit backward_cluster_fit(int64_t hidden, int parts);
 }  // namespace gru
 
 // Fills `exchange` and launches; a batch larger than one launch holds takes several, one after
 // the other. Nothing waits for the GPU. cudaErrorNotSupported when nothing fits.
 cudaError_t gru_forward_cuda(const GruCudaForward& args, int parts, cudaStream_t stream);
 cudaError_t gru_backward_cuda(const GruCudaBackward& args, int parts, cudaStream_t stream);
+
+// The same for compute capability 9.0 alone, through clusters of blocks: `exchange` is only a
+// result, and with one part the backward does not touch it.
+cudaError_t gru_forward_cluster(const GruCudaForward& args, int parts, cudaStream_t stream);
+cudaError_t gru_backward_cluster(const GruCudaBackward& args, int parts, cudaStream_t stream);
 
 }  // namespace fastlm

@@ -20,13 +20,14 @@ namespace {
 
 bool has_cuda_kernels() { return aoti_torch_get_current_cuda_stream != nullptr; }
 
-// why the current device cannot run a layer, or ""
-std::string gru_cuda_objection(int64_t hidden, int64_t parts) {
-  for (const GruCudaFit& fit :
-       {gru::forward_fit(hidden, int(parts)), gru::backward_fit(hidden, int(parts))}) {
-    if (fit.reason) return fit.reason;
+// why the current device cannot run a layer, with or without clusters, or ""
+std::string gru_cuda_objection(int64_t hidden, int64_t parts, bool clusters) {
+  const int p = int(parts);
+  GruCudaFit fit = clusters ? gru::forward_cluster_fit(hidden, p) : gru::forward_fit(hidden, p);
+  if (!fit.reason) {
+    fit = clusters ? gru::backward_cluster_fit(hidden, p) : gru::backward_fit(hidden, p);
   }
-  return "";
+  return fit.reason ? fit.reason : "";
 }
 
 GruShape shape_of(int64_t batch, int64_t tokens, int64_t hidden, bool batch_first, bool reverse) {
@@ -49,8 +50,9 @@ void on_stream_of(const Tensor& tensor, const Launch& launch) {
 void gru_forward_cuda_(const Tensor& table, const std::optional<Tensor>& index,
                        const std::optional<Tensor>& reset, const Tensor& w_hh,
                        const std::optional<Tensor>& b_hh, const std::optional<Tensor>& h0,
-                       int64_t parts, bool batch_first, bool reverse, const Tensor& exchange,
-                       const Tensor& h_n, const std::optional<Tensor>& gates) {
+                       int64_t parts, bool clusters, bool batch_first, bool reverse,
+                       const Tensor& exchange, const Tensor& h_n,
+                       const std::optional<Tensor>& gates) {
   GruCudaForward args{};
   args.shape = shape_of(h_n.size(0), exchange.size(0), h_n.size(1), batch_first, reverse);
   args.table = floats(table);
@@ -70,9 +72,9 @@ void gru_forward_cuda_(const Tensor& table, const std::optional<Tensor>& index,
 void gru_backward_cuda_(const Tensor& doutput, const Tensor& dh_n,
                         const std::optional<Tensor>& reset, const Tensor& w_hh,
                         const std::optional<Tensor>& h0, const Tensor& output, const Tensor& gates,
-                        int64_t parts, bool batch_first, bool reverse, const Tensor& exchange,
-                        const Tensor& dinput, const std::optional<Tensor>& dhidden_gates,
-                        const Tensor& dh0) {
+                        int64_t parts, bool clusters, bool batch_first, bool reverse,
+                        const Tensor& exchange, const Tensor& dinput,
+                        const std::optional<Tensor>& dhidden_gates, const Tensor& dh0) {
   GruCudaBackward args{};
   args.shape = shape_of(dh_n.size(0), output.size(0), dh_n.size(1), batch_first, reverse);
   args.reset = static_cast<const uint8_t*>(in(reset));
@@ -93,7 +95,7 @@ void gru_backward_cuda_(const Tensor& doutput, const Tensor& dh_n,
 #else
 
 bool has_cuda_kernels() { return false; }
-std::string gru_cuda_objection(int64_t, int64_t) { return "built without CUDA kernels"; }
+std::string gru_cuda_objection(int64_t, int64_t, bool) { return "built without CUDA kernels"; }
 
 #endif
 
@@ -102,14 +104,14 @@ std::string gru_cuda_objection(int64_t, int64_t) { return "built without CUDA ke
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
   m.def("has_cuda_kernels() -> bool");
-  m.def("gru_cuda_objection(int hidden, int parts) -> str");
+  m.def("gru_cuda_objection(int hidden, int parts, bool clusters) -> str");
   m.def(
       "gru_forward_cuda(Tensor table, Tensor? index, Tensor? reset, Tensor w_hh, Tensor? b_hh, "
-      "Tensor? h0, int parts, bool batch_first, bool reverse, Tensor(a!) exchange, "
+      "Tensor? h0, int parts, bool clusters, bool batch_first, bool reverse, Tensor(a!) exchange, "
       "Tensor(b!) h_n, Tensor(c!)? gates) -> ()");
   m.def(
       "gru_backward_cuda(Tensor doutput, Tensor dh_n, Tensor? reset, Tensor w_hh, Tensor? h0, "
-      "Tensor output, Tensor gates, int parts, bool batch_first, bool reverse, "
+      "Tensor output, Tensor gates, int parts, bool clusters, bool batch_first, bool reverse, "
       "Tensor(a!) exchange, Tensor(b!) dinput, Tensor(c!)? dhidden_gates, Tensor(d!) dh0) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CompositeExplicitAutograd, m) {

@@ -8,8 +8,7 @@
 // al. 2016 (ICML).
 #pragma once
 
-#include "embedding_gru/embedding_gru_cuda.h"
-#include "embedding_gru/embedding_gru_tiles.h"
+#include "embedding_gru/embedding_gru_units.h"
 
 namespace fastlm {
 namespace gru {
@@ -63,45 +62,10 @@ struct Shared {
   }
 };
 
-// where this thread stands
-struct Place {
-  int lane, warp, rank;
-  int64_t first_row;  // of the slice
-  int rows;           // of the slice that exist
-
-  FASTLM_DEVICE explicit Place(const Slices& s) {
-    lane = gpu::thread_index() % gpu::kLanesOfWarp;
-    warp = gpu::thread_index() / gpu::kLanesOfWarp;
-    rank = gpu::block_index() % s.blocks;
-    first_row = s.first_row + int64_t(gpu::block_index() / s.blocks) * s.row_tiles * kBatchTile;
-    const int64_t left = s.last_row - first_row, most = s.row_tiles * kBatchTile;
-    rows = int(left < most ? left : most);
-  }
-};
-
-// the two units of one row that this thread computes, if any
-struct Pair {
-  int row, unit, local;  // in the slice; of all; of the block
-  int count;             // units that exist: 0, 1 or 2
-  bool writes;           // columns past H too, up to the width of `exchange`
-
-  template <class T>
-  FASTLM_DEVICE static Pair of(const Place& place, int64_t hidden) {
-    Pair p;
-    const int pairs = T::kUnits / 2;
-    p.row = gpu::thread_index() / pairs;
-    p.local = gpu::thread_index() % pairs * 2;
-    p.unit = place.rank * T::kUnits + p.local;
-    const bool there = p.row < place.rows;
-    const int64_t left = there ? hidden - p.unit : 0;
-    p.count = left > 2 ? 2 : left > 0 ? int(left) : 0;
-    p.writes = there && p.unit < gru_exchange_width(hidden);
-    return p;
-  }
-};
-
-FASTLM_DEVICE int64_t token(const GruShape& s, int64_t row, int step) {
-  return row * s.batch_stride + (s.reverse ? int(s.steps) - 1 - step : step) * s.step_stride;
+FASTLM_DEVICE Place place_of(const Slices& s) {
+  const int slice = gpu::block_index() / s.blocks, most = s.row_tiles * kBatchTile;
+  return Place(gpu::block_index() % s.blocks, s.first_row + int64_t(slice) * most, s.last_row,
+               most);
 }
 
 template <int Parts>

@@ -62,16 +62,16 @@ FASTLM_DEVICE void split_pair(float x0, float x1, uint32_t (&parts)[Parts]) {
   }
 }
 
-// w_hh [3H, H]. Forward: row m of gate g, summed over k. Backward: column m, summed over rows k.
+// an element of w_hh [3H, H], 0 outside
+FASTLM_DEVICE float weight_at(const float* w, int64_t hidden, int g, int row, int column) {
+  return row < hidden && column < hidden ? w[(g * hidden + row) * hidden + column] : 0.f;
+}
+
 template <class T, bool Backward>
 struct Weights {
   uint32_t held[T::kHeldParts][kGates][T::kHeldTiles][4];
   uint32_t loose;  // shared address of [gate][kLoose][lane] of this warp, from this lane on
 
-  FASTLM_DEVICE static float at(const float* w, int64_t hidden, int g, int m, int k) {
-    if (m >= hidden || k >= hidden) return 0.f;
-    return Backward ? w[(g * hidden + k) * hidden + m] : w[(g * hidden + m) * hidden + k];
-  }
   FASTLM_DEVICE static int slot(int part, int g, int t) {
     const int loose_tiles = T::kTiles - T::kHeldTiles;
     const int in_gate = part < T::kHeldParts ? part * loose_tiles + t - T::kHeldTiles
@@ -79,10 +79,10 @@ struct Weights {
     return (g * T::kLoose + in_gate) * gpu::kLanesOfWarp;
   }
 
-  // first_unit: of the warp's group; first_k: of its share of the sum; own, stage: of the warp, in
-  // shared memory. All threads come here, and `stage` is free again at the next barrier.
-  FASTLM_DEVICE void load(const float* w, int64_t hidden, int first_unit, int first_k, uint4* own,
-                          uint4* stage) {
+  // element(g, t, m, k): of row m and column k of fragment t. own, stage: of the warp, in shared
+  // memory; `stage` is free again at the next barrier.
+  template <class Element>
+  FASTLM_DEVICE void load(const Element& element, uint4* own, uint4* stage) {
     const int lane = gpu::thread_index() % gpu::kLanesOfWarp;
     own += lane;
     stage += lane;
@@ -98,9 +98,8 @@ struct Weights {
           uint32_t parts[4][T::kParts];
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
-            const int m = first_unit + lane / 4 + q % 2 * 8;
-            const int k = first_k + (first + j) * 16 + lane % 4 * 2 + q / 2 * 8;
-            split_pair(at(w, hidden, g, m, k), at(w, hidden, g, m, k + 1), parts[q]);
+            const int m = lane / 4 + q % 2 * 8, k = lane % 4 * 2 + q / 2 * 8;
+            split_pair(element(g, first + j, m, k), element(g, first + j, m, k + 1), parts[q]);
           }
 #pragma unroll
           for (int i = 0; i < T::kParts; ++i) {

@@ -15,8 +15,9 @@ GruShape shape_of(int64_t batch, int64_t steps, int64_t hidden, bool batch_first
 extern "C" {
 int emulated_gru_forward(const float* table, int64_t rows, const int64_t* index,
                          const uint8_t* reset, const float* w_hh, const float* b_hh,
-                         const float* h0, int parts, bool batch_first, bool reverse, int64_t batch,
-                         int64_t steps, int64_t hidden, void* exchange, float* h_n, float* gates) {
+                         const float* h0, int parts, bool clusters, bool batch_first, bool reverse,
+                         int64_t batch, int64_t steps, int64_t hidden, void* exchange, float* h_n,
+                         float* gates) {
   GruCudaForward args{shape_of(batch, steps, hidden, batch_first, reverse),
                       table,
                       rows,
@@ -28,14 +29,14 @@ int emulated_gru_forward(const float* table, int64_t rows, const int64_t* index,
                       exchange,
                       h_n,
                       gates};
-  return gru_forward_cuda(args, parts, nullptr);
+  return (clusters ? gru_forward_cluster : gru_forward_cuda)(args, parts, nullptr);
 }
 
 int emulated_gru_backward(const float* dout, const float* dh_n, const uint8_t* reset,
                           const float* w_hh, const float* h0, const float* out, const float* gates,
-                          int parts, bool batch_first, bool reverse, int64_t batch, int64_t steps,
-                          int64_t hidden, void* exchange, float* dinput, float* dhidden_gates,
-                          float* dh0) {
+                          int parts, bool clusters, bool batch_first, bool reverse, int64_t batch,
+                          int64_t steps, int64_t hidden, void* exchange, float* dinput,
+                          float* dhidden_gates, float* dh0) {
   GruCudaBackward args{shape_of(batch, steps, hidden, batch_first, reverse),
                        reset,
                        w_hh,
@@ -48,10 +49,12 @@ int emulated_gru_backward(const float* dout, const float* dh_n, const uint8_t* r
                        dinput,
                        dhidden_gates,
                        dh0};
-  return gru_backward_cuda(args, parts, nullptr);
+  return (clusters ? gru_backward_cluster : gru_backward_cuda)(args, parts, nullptr);
 }
 
-int64_t emulated_gru_rows(int64_t hidden, int parts, bool backward) {
+int64_t emulated_gru_rows(int64_t hidden, int parts, bool clusters, bool backward) {
+  if (clusters)
+    return (backward ? gru::backward_cluster_fit : gru::forward_cluster_fit)(hidden, parts).rows;
   return (backward ? gru::backward_fit : gru::forward_fit)(hidden, parts).rows;
 }
 }

@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <cstdio>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -46,8 +46,20 @@ struct Thread {
   int barriers = 0;
 };
 
+// of an mbarrier that one thread arrives at: bytes that came less those expected, whether it has
+// arrived, and how many phases are over
+struct Signal {
+  int64_t bytes = 0;
+  bool arrived = false;
+  int phase = 0;
+  std::vector<Thread*> waiting;
+};
+
 struct Block {
-  int index, arrived = 0;
+  int index, arrived = 0, rank = 0, left = 0;
+  Block* first_of_cluster;
+  std::vector<Thread*> in_cluster_barrier;  // of the whole cluster, in its first block
+  std::map<uint32_t, Signal> signals;
   std::vector<Warp> warps;
   std::vector<Thread*> threads;
   unsigned char* shared;
@@ -56,6 +68,8 @@ struct Block {
 struct Pending {
   uint32_t* to;
   uint32_t value;
+  Block* block = nullptr;  // whose shared memory it is, and the signal that counts it
+  uint32_t signal = 0;
 };
 
 struct Grid {
@@ -68,6 +82,7 @@ struct Grid {
   Thread* current = nullptr;
   const std::function<void()>* body;
   size_t shared_bytes;
+  int cluster = 1;
   int finished = 0;
   uint64_t random;
   int64_t idle = 0;
@@ -107,12 +122,30 @@ void wait() {
   yield();
 }
 
+// a phase ends when its thread has arrived and all bytes have come
+void end_phase(Signal& signal) {
+  if (!signal.arrived || signal.bytes != 0) return;
+  signal.arrived = false;
+  ++signal.phase;
+  for (Thread* t : signal.waiting) make_ready(t);
+  signal.waiting.clear();
+}
+
 void commit_one() {
   size_t i = draw() % grid->pending.size();
-  *grid->pending[i].to = grid->pending[i].value;
+  const Pending store = grid->pending[i];
   grid->pending[i] = grid->pending.back();
   grid->pending.pop_back();
   grid->idle = 0;
+  if (store.block) {
+    if (store.block->left > 0 && failure.empty()) failure = "a store into a block that has left";
+    Signal& signal = store.block->signals[store.signal];
+    *store.to = store.value;
+    signal.bytes += 4;
+    end_phase(signal);
+  } else {
+    *store.to = store.value;
+  }
 }
 
 Warp& warp_of(Thread* t) { return t->block->warps[t->index / kLanesOfWarp]; }
@@ -185,6 +218,7 @@ void start() {
   Thread* self = grid->current;
   (*grid->body)();
   leave_ready(self);
+  ++self->block->left;
   ++grid->finished;
   grid->idle = 0;
   swapcontext(&self->context, &grid->scheduler);
@@ -193,6 +227,10 @@ void start() {
 void schedule() {
   while (grid->finished < int(grid->threads.size()) && failure.empty()) {
     if (!grid->pending.empty() && draw() % 8 == 0) commit_one();
+    if (grid->ready.empty() && !grid->pending.empty()) {
+      commit_one();
+      continue;
+    }
     if (grid->ready.empty()) {
       failure = "all threads wait for each other";
       return;
@@ -280,18 +318,125 @@ uint32_t pack_bfloat16(float low, float high) {
   return half(high) << 16 | half(low);
 }
 
-cudaError_t run_grid(int blocks, int threads, size_t shared, int cluster,
-                     const std::function<void()>& body) {
+int cluster_rank() { return grid->current->block->rank; }
+int cluster_size() { return grid->cluster; }
+
+void cluster_barrier() {
+  Thread* self = grid->current;
+  auto& there = self->block->first_of_cluster->in_cluster_barrier;
+  there.push_back(self);
+  if (there.size() < self->block->threads.size() * grid->cluster) return wait();
+  grid->idle = 0;
+  for (Thread* t : there) {
+    if (t != self) make_ready(t);
+  }
+  there.clear();
+  yield();
+}
+
+constexpr int kRankShift = 24;
+
+uint32_t address_in_block(uint32_t address, int rank) {
+  if (rank < 0 || rank >= grid->cluster) fail("a block outside the cluster");
+  return address | uint32_t(rank + 1) << kRankShift;
+}
+
+Block& remote(uint32_t address) {
+  if (address >> kRankShift == 0) fail("an address without a block");
+  return *(grid->current->block->first_of_cluster + ((address >> kRankShift) - 1));
+}
+
+void signal_start(uint32_t signal) {
+  if (signal % 8 || signal + 8 > grid->shared_bytes) fail("a signal outside shared memory");
+  grid->current->block->signals[signal];
+}
+void signal_expect(uint32_t signal, int bytes) {
+  Block& block = *grid->current->block;
+  if (!block.signals.count(signal)) fail("a signal that was not started");
+  Signal& s = block.signals[signal];
+  if (s.arrived) fail("a second arrival in one phase");
+  s.arrived = true;
+  s.bytes -= bytes;
+  end_phase(s);
+  yield();
+}
+void signal_wait(uint32_t signal, int parity) {
+  Block& block = *grid->current->block;
+  if (!block.signals.count(signal)) fail("a signal that was not started");
+  Signal& s = block.signals[signal];
+  yield();
+  // done when the phase of that parity is not the current one
+  while ((s.phase & 1) == parity) {
+    s.waiting.push_back(grid->current);
+    wait();
+  }
+  grid->idle = 0;
+}
+
+void store_words(uint32_t to, uint32_t signal, const uint32_t* v, int count) {
+  const uint32_t mask = (1u << kRankShift) - 1;
+  Block& block = remote(to);
+  if (&block != &remote(signal)) fail("a signal of another block");
+  if (!block.signals.count(signal & mask)) fail("a signal that was not started");
+  if (to % (4 * count) || (to & mask) + 4 * count > grid->shared_bytes) {
+    fail("a store outside shared memory");
+  }
+  for (int i = 0; i < count; ++i) {
+    auto* p = reinterpret_cast<uint32_t*>(block.shared + (to & mask)) + i;
+    grid->pending.push_back({p, v[i], &block, signal & mask});
+  }
+}
+void store_remote(uint32_t to, uint32_t signal, const uint32_t (&v)[4]) {
+  store_words(to, signal, v, 4);
+}
+void store_remote(uint32_t to, uint32_t signal, float x, float y) {
+  const uint32_t v[2] = {bits_of_float(x), bits_of_float(y)};
+  store_words(to, signal, v, 2);
+}
+
+namespace {
+cudaError_t run_blocks(int first, int blocks, int threads, size_t shared, int cluster,
+                       const std::function<void()>& body);
+}
+
+cudaError_t run_clusters(int blocks, int threads, size_t shared, int cluster,
+                         const std::function<void()>& body) {
+  ++launches;
+  if (blocks % cluster || cluster > 16 || shared > size_t(settings.shared)) {
+    return cudaErrorInvalidValue;
+  }
+  uint64_t random = settings.seed;
+  for (int first = 0; first < blocks;) {
+    int clusters = 1 + int(random % 3);
+    random = random * 6364136223846793005u + 1442695040888963407u;
+    random ^= random >> 29;
+    int count = blocks - first < clusters * cluster ? blocks - first : clusters * cluster;
+    cudaError_t error = run_blocks(first, count, threads, shared, cluster, body);
+    if (error != cudaSuccess) return error;
+    first += count;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t run_grid(int blocks, int threads, size_t shared, const std::function<void()>& body) {
   ++launches;
   largest_grid = largest_grid < blocks ? blocks : largest_grid;
   // what a cooperative launch checks
   if (blocks > settings.multiprocessors || shared > size_t(settings.shared)) {
     return cudaErrorInvalidValue;
   }
+  return run_blocks(0, blocks, threads, shared, 1, body);
+}
+
+namespace {
+
+cudaError_t run_blocks(int first, int blocks, int threads, size_t shared, int cluster,
+                       const std::function<void()>& body) {
   Grid g;
   grid = &g;
   g.body = &body;
   g.shared_bytes = shared;
+  g.cluster = cluster;
   g.random = settings.seed * 0x9e3779b97f4a7c15u + 88172645463325252u;
   const size_t stride = (shared + kGuard + 127) / 128 * 128;
   g.memory.resize(stride * blocks + 128);
@@ -304,7 +449,9 @@ cudaError_t run_grid(int blocks, int threads, size_t shared, int cluster,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   for (int b = 0; b < blocks; ++b) {
     Block& block = g.blocks[b];
-    block.index = b;
+    block.index = first + b;
+    block.rank = b % cluster;
+    block.first_of_cluster = &g.blocks[b - b % cluster];
     block.warps.resize(threads / kLanesOfWarp);
     block.shared = reinterpret_cast<unsigned char*>(base + stride * b);
     for (int i = 0; i < threads; ++i) {
@@ -333,6 +480,8 @@ cudaError_t run_grid(int blocks, int threads, size_t shared, int cluster,
   return failure.empty() ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+}  // namespace
+
 }  // namespace gpu
 }  // namespace fastlm
 
@@ -350,6 +499,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount            ? settings.multiprocessors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? settings.shared
            : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor       ? 0
                                                                   : 1;
   return cudaSuccess;
 }

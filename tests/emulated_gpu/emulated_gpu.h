@@ -38,6 +38,17 @@ void load_shared(uint32_t address, uint32_t (&v)[4]);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t shuffle(uint32_t v, int lane);
 
+int cluster_rank();
+int cluster_size();
+void cluster_barrier();
+uint32_t address_in_block(uint32_t address, int rank);
+void signal_start(uint32_t signal);
+inline void signals_started() {}
+void signal_expect(uint32_t signal, int bytes);
+void signal_wait(uint32_t signal, int parity);
+void store_remote(uint32_t to, uint32_t signal, const uint32_t (&v)[4]);
+void store_remote(uint32_t to, uint32_t signal, float x, float y);
+
 inline float float_of_bits(uint32_t v) {
   float f;
   std::memcpy(&f, &v, 4);
@@ -53,13 +64,28 @@ inline float exponential(float x) { return std::exp(x); }
 inline float quotient(float a, float b) { return std::fabs(b) > 0x1p126f ? 0.f * a : a / b; }
 
 // Runs `body` once per thread; the error that the device would have given.
-cudaError_t run_grid(int blocks, int threads, size_t shared, int cluster,
-                     const std::function<void()>& body);
+cudaError_t run_grid(int blocks, int threads, size_t shared, const std::function<void()>& body);
+
+// The same for clusters, a random number of them at once: they are not promised to run together.
+cudaError_t run_clusters(int blocks, int threads, size_t shared, int cluster,
+                         const std::function<void()>& body);
 
 template <class Args>
 cudaError_t launch_cooperative(void (*kernel)(Args), int blocks, int threads, size_t shared,
                                cudaStream_t, Args args) {
-  return run_grid(blocks, threads, shared, 1, [&] { kernel(args); });
+  return run_grid(blocks, threads, shared, [&] { kernel(args); });
+}
+
+template <class Args>
+cudaError_t launch_clusters(void (*kernel)(Args), int blocks, int cluster, int threads,
+                            size_t shared, cudaStream_t, Args args) {
+  return run_clusters(blocks, threads, shared, cluster, [&] { kernel(args); });
+}
+
+template <class Args>
+cudaError_t resident_clusters(void (*)(Args), int cluster, int, size_t, int* clusters) {
+  *clusters = cluster <= 16 ? 1 : 0;
+  return cudaSuccess;
 }
 
 }  // namespace gpu

@@ -1,7 +1,8 @@
 """The CUDA recurrence, with the arguments of `reference`; see csrc/embedding_gru/*_cuda.h.
 
 Weights arrive in float32, whatever they are stored in: `parts` says how many bfloat16 numbers the
-kernels make of each operand of the recurrent products. Sums and the state are float32.
+kernels make of each operand of the recurrent products. Sums and the state are float32. Where the
+device can, blocks exchange the state in clusters, else through global memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .layer import Recurrence
 
 # bfloat16 weights are one bfloat16 number, float16 two; of float32 three have all 24 bits
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-# of one block, the last multiple of 16 units: csrc/embedding_gru/embedding_gru_persistent.h
+# columns that a row of the exchanged values is padded to: vectors of 16 bytes
 _VECTOR = 8
 
 
@@ -36,11 +37,13 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, hidden = (table if index is None else index).shape[0], w_hh.shape[1]
+    clusters = _objection(hidden, parts, True, table.device) is None
     exchange = table.new_empty(tokens, _width(hidden), dtype=_exchange_dtype(parts))
     gates, h_n = table.new_empty(tokens, 4 * hidden), table.new_empty(batch, hidden)
     raw("gru_forward_cuda")(
-        table, index, reset, w_hh, b_hh, h0, parts, batch_first, reverse, exchange, h_n, gates
-    )
+        table, index, reset, w_hh, b_hh, h0, parts, clusters, batch_first, reverse,
+        exchange, h_n, gates,
+    )  # fmt: skip
     return exchange[:, :hidden].contiguous(), h_n, gates
 
 
@@ -60,13 +63,14 @@ def backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, hidden = output.shape
+    clusters = _objection(hidden, parts, True, gates.device) is None
     exchange = gates.new_empty(tokens, 3, _width(hidden), dtype=_exchange_dtype(parts))
     dinput = gates.new_empty(tokens, 3 * hidden)
     # what blocks exchange in float32 is the result; bfloat16 is only good for the next step
     dhidden = gates.new_empty(tokens, 3 * hidden) if parts == 1 else None
     dh0 = torch.empty_like(dh_n)
     raw("gru_backward_cuda")(
-        doutput, dh_n, reset, w_hh, h0, output, gates, parts, batch_first, reverse,
+        doutput, dh_n, reset, w_hh, h0, output, gates, parts, clusters, batch_first, reverse,
         exchange, dinput, dhidden, dh0,
     )  # fmt: skip
     if dhidden is None:
@@ -111,15 +115,19 @@ def refuses(w_hh: Tensor, **_: Any) -> str | None:
     parts = PARTS.get(w_hh.dtype)
     if parts is None:
         return f"dtype {checks.short(w_hh.dtype)}"
-    return _refuses_size(w_hh.shape[1], parts, w_hh.device)
-
-
-@lru_cache(maxsize=256)
-def _refuses_size(hidden: int, parts: int, device: torch.device) -> str | None:
-    if hidden == 0:
+    if w_hh.shape[1] == 0:
         return "no hidden units"
+    size = (w_hh.shape[1], parts)
+    if _objection(*size, True, w_hh.device) is None:
+        return None
+    return _objection(*size, False, w_hh.device)
+
+
+@lru_cache(maxsize=1024)
+def _objection(hidden: int, parts: int, clusters: bool, device: torch.device) -> str | None:
+    """Why a device cannot run a layer in clusters of blocks, or in a grid that is all resident."""
     with torch.cuda.device(device):
-        reason = raw("gru_cuda_objection")(hidden, parts)
+        reason = raw("gru_cuda_objection")(hidden, parts, clusters)
     return f"hidden size {hidden}: {reason}" if reason else None
 
 
