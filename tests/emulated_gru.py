@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,18 +85,20 @@ class Device:
         batch, hidden = h_n.shape
         self._call(
             "emulated_gru_forward", table, table.shape[0], index, reset, w_hh, b_hh, h0, parts,
-            clusters, batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, h_n, gates,
+            clusters, batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange,
+            h_n, gates,
         )  # fmt: skip
 
     def gru_backward_cuda(
         self, dout: Tensor, dh_n: Tensor, reset: Any, w_hh: Tensor, h0: Any, out: Tensor,
-        gates: Tensor, parts: int, clusters: bool, batch_first: bool, reverse: bool, exchange: Tensor,
-        dinput: Tensor, dhidden: Any, dh0: Tensor,
+        gates: Tensor, parts: int, clusters: bool, batch_first: bool, reverse: bool,
+        exchange: Tensor, dinput: Tensor, dhidden: Any, dh0: Tensor,
     ) -> None:  # fmt: skip
         batch, hidden = dh_n.shape
         self._call(
             "emulated_gru_backward", dout, dh_n, reset, w_hh, h0, out, gates, parts, clusters,
-            batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, dinput, dhidden, dh0,
+            batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, dinput,
+            dhidden, dh0,
         )  # fmt: skip
 
     def raw(self, name: str) -> Any:

@@ -14,16 +14,20 @@ from collections.abc import Iterator
 import emulated_gru
 import pytest
 import torch
+from gru_cases import case, check_close, run, truth
 from torch import Tensor
 
 import fastlm
 from fastlm import dispatch, testing
-from fastlm.ops.embedding_gru import cuda_kernels, op, reference
+from fastlm.ops.embedding_gru import cuda_kernels, op
 
 if shutil.which("g++") is None:
     pytest.skip("no g++ to compile the emulated device", allow_module_level=True)
 
-PARTS = (1, 2, 3)
+# parts of an operand, and what exchanges the state; 2 is for float16, which clusters do not take
+PARTS = [(1, "grid"), (2, "grid"), (3, "grid"), (1, "clusters"), (3, "clusters")]
+each_kernel = pytest.mark.parametrize("parts, exchange", PARTS, indirect=["exchange"])
+grid_only = pytest.mark.parametrize("exchange", ["grid"], indirect=True)
 # batch, steps, features, hidden: odd, tails of every kind, one of everything
 SHAPES = [(1, 1, 1, 1), (5, 7, 12, 19), (9, 3, 5, 48), (2, 9, 7, 65)]
 
@@ -33,16 +37,27 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> emulated_gru.Device:
     return emulated_gru.Device(emulated_gru.build(tmp_path_factory.mktemp("emulated")))
 
 
+@pytest.fixture(params=("grid", "clusters"))
+def exchange(request: pytest.FixtureRequest) -> str:
+    """How blocks exchange the state: through global memory, or within clusters."""
+    return request.param
+
+
 @pytest.fixture
 def device(
-    library: emulated_gru.Device, monkeypatch: pytest.MonkeyPatch
+    library: emulated_gru.Device, exchange: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[emulated_gru.Device]:
     """The cuda backend takes CPU tensors, and its kernels are the emulated ones."""
     library.reset()
     monkeypatch.setattr(cuda_kernels, "raw", library.raw)
+    answers = {"grid": "not wanted here", "clusters": None}
+    monkeypatch.setattr(cuda_kernels, "_objection", lambda *_: answers[exchange])
     for name in ("gru", "embedding_gru"):
         changed = dataclasses.replace(
-            dispatch._OPS[name]["cuda"], devices=("cpu",), unavailable=None, refuses=lambda **_: None
+            dispatch._OPS[name]["cuda"],
+            devices=("cpu",),
+            unavailable=None,
+            refuses=lambda **_: None,
         )
         monkeypatch.setitem(dispatch._OPS[name], "cuda", changed)
     yield library
@@ -102,68 +117,7 @@ def test_embedding_matches_plain(
     testing.check(fused, embedded, args)
 
 
-def case(
-    b: int, t: int, h: int, *, parts: int, rows: int = 7, resets: bool = True, h0: bool = True
-) -> dict:
-    """Arguments of a recurrence; weights that the operands hold exactly."""
-    w_hh = torch.randn(3 * h, h) / h**0.5
-    return dict(
-        table=torch.randn(rows, 3 * h),
-        index=torch.randint(0, rows, (b * t,)),
-        reset=(torch.rand(b * t) < 0.3).to(torch.uint8) if resets else None,
-        w_hh=w_hh.bfloat16().float() if parts == 1 else w_hh,
-        b_hh=torch.randn(3 * h) / h**0.5,
-        h0=torch.randn(b, h) if h0 else None,
-        batch=b,
-    )
-
-
-def run(args: dict, parts: int, batch_first: bool = True, reverse: bool = False) -> list[Tensor]:
-    """Results of both passes; the gradients are of fixed random upstream ones."""
-    how = (args["batch"], batch_first, reverse)
-    shared = (args["index"], args["reset"], args["w_hh"])
-    forward = cuda_kernels.forward(parts, args["table"], *shared, args["b_hh"], args["h0"], *how)
-    output, h_n, gates = (x.float() for x in forward)
-    generator = torch.Generator().manual_seed(7)
-    dout, dh_n = (torch.randn(x.shape, generator=generator) for x in (output, h_n))
-    rows = args["table"].shape[0]
-    index, reset, w_hh = shared
-    backward = cuda_kernels.backward(
-        parts, dout, dh_n, index, rows, reset, w_hh, args["h0"], output, gates, *how
-    )
-    return [*forward, *backward]
-
-
-def truth(
-    args: dict, batch_first: bool = True, reverse: bool = False, like: list | None = None
-) -> list[Tensor]:
-    """The reference in float64; its backward on the states and gates in `like`."""
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-            for k, v in args.items()}  # fmt: skip
-    how = (args["batch"], batch_first, reverse)
-    forward = reference.forward(
-        *(wide[k] for k in ("table", "index", "reset", "w_hh", "b_hh", "h0")), *how
-    )
-    output, h_n, gates = (x.double() for x in (like or forward)[:3])
-    generator = torch.Generator().manual_seed(7)
-    dout, dh_n = (torch.randn(x.shape, generator=generator).double() for x in (output, h_n))
-    backward = reference.backward(
-        dout, dh_n, wide["index"], args["table"].shape[0], wide["reset"], wide["w_hh"],
-        wide["h0"], output, gates, *how,
-    )  # fmt: skip
-    return [*forward, *backward]
-
-
-# relative to the largest value: bfloat16 outputs and operands, 16 bits, float32
-ALLOWED = {1: 8e-3, 2: 2e-5, 3: 2e-6}
-
-
-def assert_close(got: list[Tensor], want: list[Tensor], parts: int) -> None:
-    for number, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert testing.error(a.double(), b) <= ALLOWED[parts] * float(b.abs().max()), number
-
-
-@pytest.mark.parametrize("parts", PARTS)
+@each_kernel
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("batch_first", (False, True))
 def test_resets_and_directions(
@@ -171,7 +125,7 @@ def test_resets_and_directions(
 ) -> None:
     args = case(11, 6, 21, parts=parts)
     got = run(args, parts, batch_first, reverse)
-    assert_close(got, truth(args, batch_first, reverse, got), parts)
+    check_close(got, truth(args, batch_first, reverse, got), parts)
 
 
 def test_a_reset_hides_everything_before(device: emulated_gru.Device) -> None:
@@ -185,15 +139,20 @@ def test_a_reset_hides_everything_before(device: emulated_gru.Device) -> None:
 
 
 # one hidden size for each tiling, the largest ones with few steps
-@pytest.mark.parametrize("parts, h", [(1, 250), (1, 300), (1, 520), (1, 1030), (2, 140), (2, 300),
-                                      (2, 520), (3, 140), (3, 300), (3, 520)])  # fmt: skip
+@pytest.mark.parametrize("parts, h, exchange", [
+    (1, 250, "grid"), (1, 300, "grid"), (1, 520, "grid"), (1, 1030, "grid"), (2, 140, "grid"),
+    (2, 300, "grid"), (2, 520, "grid"), (3, 140, "grid"), (3, 300, "grid"), (3, 520, "grid"),
+    (1, 250, "clusters"), (1, 330, "clusters"), (1, 520, "clusters"), (3, 140, "clusters"),
+    (3, 270, "clusters"),
+], indirect=["exchange"])  # fmt: skip
 def test_every_tiling(device: emulated_gru.Device, parts: int, h: int) -> None:
     args = case(2, 2, h, parts=parts, resets=False)
     got = run(args, parts)
-    assert_close(got, truth(args, like=got), parts)
+    check_close(got, truth(args, like=got), parts)
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("parts", (1, 2, 3))
+@grid_only
 def test_a_batch_of_several_launches(device: emulated_gru.Device, parts: int) -> None:
     """Bitwise what a large device gives in one launch; the last slice is not full."""
     args = case(75, 2, 40, parts=parts)
@@ -202,23 +161,34 @@ def test_a_batch_of_several_launches(device: emulated_gru.Device, parts: int) ->
     device.reset(multiprocessors=6 if parts == 1 else 3, seed=5)
     several = run(args, parts)
     assert device.launches > 2
-    assert device.rows(40, parts, False) < 75
+    assert device.rows(40, parts, False, False) < 75
     for a, b in zip(one, several, strict=True):
         assert torch.equal(a, b)
 
 
-def test_refuses_what_cannot_be_on_chip_at_once(device: emulated_gru.Device) -> None:
+@grid_only
+def test_a_grid_refuses_what_cannot_be_on_chip_at_once(device: emulated_gru.Device) -> None:
     device.reset(multiprocessors=2)
-    assert device.rows(33, 3, False) == 0 and device.rows(32, 3, False) > 0
+    assert device.rows(33, 3, False, False) == 0 and device.rows(32, 3, False, False) > 0
     with pytest.raises(RuntimeError, match="cudaError_t 801"):
         run(case(2, 2, 33, parts=3), 3)
     device.reset(shared=48 * 1024)
-    assert device.rows(520, 3, True) == 0
+    assert device.rows(520, 3, False, True) == 0
     device.reset()
-    assert device.rows(2049, 1, True) == device.rows(1025, 3, False) == 0
+    assert device.rows(2049, 1, False, True) == device.rows(1025, 3, False, False) == 0
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("exchange", ["clusters"], indirect=True)
+def test_clusters_refuse_what_does_not_fit(device: emulated_gru.Device) -> None:
+    fits = {(1, 768): True, (1, 769): False, (2, 8): False, (3, 512): True, (3, 513): False}
+    for (parts, hidden), fit in fits.items():
+        for backward in (False, True):
+            assert (device.rows(hidden, parts, True, backward) > 0) == fit, (parts, hidden)
+    with pytest.raises(RuntimeError, match="cudaError_t 801"):
+        run(case(2, 2, 513, parts=3), 3)
+
+
+@each_kernel
 def test_the_order_of_threads_does_not_change_a_bit(
     device: emulated_gru.Device, parts: int
 ) -> None:
@@ -232,7 +202,7 @@ def test_the_order_of_threads_does_not_change_a_bit(
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@each_kernel
 def test_a_nan_stays_in_its_sequence(device: emulated_gru.Device, parts: int) -> None:
     """And it hangs nobody who waits for a value that is not the NaN of unwritten memory."""
     clean = case(9, 4, 40, parts=parts, rows=36, resets=False)
@@ -287,9 +257,10 @@ def test_no_state_no_bias(device: emulated_gru.Device, forced: None) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("skipped", (1, 2, 3))
+@pytest.mark.parametrize("skipped, exchange", [(1, "grid"), (2, "grid"), (3, "grid"),
+                                               (2, "clusters")], indirect=["exchange"])  # fmt: skip
 def test_the_emulation_sees_a_missing_barrier(device: emulated_gru.Device, skipped: int) -> None:
-    """1: before the first step. 2: states gathered. 3: sums complete."""
+    """Of a grid 1: before the first step. 2: states are gathered. 3, and 2 of a cluster: sums."""
     args = case(9, 3, 40, parts=3, resets=False)
     want = run(args, 3)[:3]
     wrong = 0
