@@ -19,6 +19,8 @@ namespace fastlm {
 namespace gpu {
 
 constexpr int kLanesOfWarp = 32;
+// of a wait that never ends, a second or more: a defect must not hang the device
+constexpr int kMaxPolls = 1 << 25;
 
 FASTLM_DEVICE int thread_index() { return int(threadIdx.x); }
 FASTLM_DEVICE int block_index() { return int(blockIdx.x); }
@@ -126,15 +128,20 @@ FASTLM_DEVICE void signal_expect(uint32_t signal, int bytes) {
                : "memory");
 }
 FASTLM_DEVICE void signal_wait(uint32_t signal, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again_%=:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again_%=;\n"
-      "}" ::"r"(signal),
-      "r"(parity)
-      : "memory");
+  for (int tries = 0;; ++tries) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(signal), "r"(parity)
+        : "memory");
+    if (done) return;
+    if (tries == kMaxPolls) stop();
+  }
 }
 // to addresses from address_in_block
 FASTLM_DEVICE void store_remote(uint32_t to, uint32_t signal, const uint32_t (&v)[4]) {

@@ -13,9 +13,6 @@
 namespace fastlm {
 namespace gru {
 
-// polls before a block gives up, tens of seconds: a defect must not hang the device
-constexpr int kMaxPolls = 1 << 25;
-
 struct Slices {
   int64_t first_row, last_row;  // of the batch, in this launch
   int row_tiles;                // batch tiles of a slice
@@ -141,7 +138,7 @@ FASTLM_DEVICE void gather_row(const Shared<T, Backward>& shared, const Place& pl
       const int at = first + i * gpu::kLanesOfWarp;
       if (at >= all) continue;
       for (int polls = 0; is_missing<T::kParts>(v[i]); ++polls) {
-        if (polls == kMaxPolls) gpu::stop();
+        if (polls == gpu::kMaxPolls) gpu::stop();
         v[i] = gpu::load_relaxed(from + at * 16);
       }
       const int g = Backward ? (at >= vectors) + (at >= 2 * vectors) : 0;

@@ -21,6 +21,7 @@ namespace fastlm {
 namespace gpu {
 
 constexpr int kLanesOfWarp = 32;
+constexpr int kMaxPolls = 1 << 25;
 
 int thread_index();
 int block_index();
