@@ -46,6 +46,12 @@ def _value(x: Any) -> Any:
     return ctypes.c_bool(x) if isinstance(x, bool) else ctypes.c_int64(x)
 
 
+def _sizes(exchange: Tensor, batch: int, hidden: int, batch_first: bool) -> tuple[int, ...]:
+    """batch, steps, hidden, and from one token to the next of the batch and in time."""
+    steps = exchange.shape[0] // batch
+    return (batch, steps, hidden, *((steps, 1) if batch_first else (1, batch)))
+
+
 class Device:
     """An emulated GPU; `raw` gives its kernels under the names of the torch ops."""
 
@@ -72,7 +78,7 @@ class Device:
     def rows(self, hidden: int, parts: int, clusters: bool, backward: bool) -> int:
         return self.library.emulated_gru_rows(ctypes.c_int64(hidden), parts, clusters, backward)
 
-    def _call(self, name: str, *args: Any) -> None:
+    def call(self, name: str, *args: Any) -> None:
         code = getattr(self.library, name)(*map(_value, args))
         failure = self.library.emulator_failure().decode()
         if code or failure:
@@ -83,10 +89,9 @@ class Device:
         clusters: bool, batch_first: bool, reverse: bool, exchange: Tensor, h_n: Tensor, gates: Any,
     ) -> None:  # fmt: skip
         batch, hidden = h_n.shape
-        self._call(
+        self.call(
             "emulated_gru_forward", table, table.shape[0], index, reset, w_hh, b_hh, h0, parts,
-            clusters, batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange,
-            h_n, gates,
+            clusters, reverse, *_sizes(exchange, batch, hidden, batch_first), exchange, h_n, gates,
         )  # fmt: skip
 
     def gru_backward_cuda(
@@ -95,10 +100,9 @@ class Device:
         exchange: Tensor, dinput: Tensor, dhidden: Any, dh0: Tensor,
     ) -> None:  # fmt: skip
         batch, hidden = dh_n.shape
-        self._call(
+        self.call(
             "emulated_gru_backward", dout, dh_n, reset, w_hh, h0, out, gates, parts, clusters,
-            batch_first, reverse, batch, exchange.shape[0] // batch, hidden, exchange, dinput,
-            dhidden, dh0,
+            reverse, *_sizes(exchange, batch, hidden, batch_first), exchange, dinput, dhidden, dh0,
         )  # fmt: skip
 
     def raw(self, name: str) -> Any:

@@ -8,6 +8,7 @@ blocks, and every launch plan; not speed, and not the hardware's own instruction
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import shutil
 from collections.abc import Iterator
 
@@ -200,6 +201,55 @@ def test_the_order_of_threads_does_not_change_a_bit(
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def _sparse(rows: int, width: int, dtype: torch.dtype, like: Tensor, stride: int) -> Tensor:
+    """[rows, width] of memory that exists only where it is written: the two steps of two sequences
+    that stand `stride` rows apart."""
+    size = rows * width * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    wide = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(rows, width)
+    for b in range(2):
+        wide[b * stride : b * stride + 2] = like.view(2, 2, width)[b].to(dtype)
+    return wide
+
+
+@each_kernel
+def test_addresses_have_64_bits(device: emulated_gru.Device, parts: int, exchange: str) -> None:
+    """The second sequence has its gates past 2^31 elements."""
+    stride, h = 2**26 + 7, 8
+    args = case(2, 2, h, parts=parts, resets=False)
+    want = run(args, parts)
+    far = dict(rows=stride + 2, stride=stride)
+    kind = torch.bfloat16 if parts == 1 else torch.float32
+    unwritten = torch.full((4, 3 * h * kind.itemsize), 255, dtype=torch.uint8).view(kind)
+    index = _sparse(width=1, dtype=torch.int64, like=args["index"], **far)
+    out = _sparse(width=h, dtype=kind, like=unwritten[:, :h].contiguous(), **far)
+    gates = _sparse(width=4 * h, dtype=torch.float32, like=torch.zeros(4, 4 * h), **far)
+    h_n, common = torch.empty(2, h), (parts, exchange == "clusters", False, 2, 2, h, stride, 1)
+    device.call(
+        "emulated_gru_forward", args["table"], 7, index, None, args["w_hh"], args["b_hh"],
+        args["h0"], *common, out, h_n, gates,
+    )  # fmt: skip
+    near = [0, 1, stride, stride + 1]
+    for got, expected in zip((out, h_n, gates), want, strict=False):
+        assert torch.equal(got[near] if got is not h_n else got, expected)
+    generator = torch.Generator().manual_seed(7)
+    dout, dh_n = (torch.randn(x.shape, generator=generator) for x in want[:2])
+    swap = _sparse(width=3 * h, dtype=kind, like=unwritten, **far)
+    dinput = _sparse(width=3 * h, dtype=torch.float32, like=torch.zeros(4, 3 * h), **far)
+    dhidden = _sparse(width=3 * h, dtype=torch.float32, like=torch.zeros(4, 3 * h), **far)
+    dh0 = torch.empty(2, h)
+    device.call(
+        "emulated_gru_backward", _sparse(width=h, dtype=torch.float32, like=dout, **far), dh_n,
+        None, args["w_hh"], args["h0"],
+        _sparse(width=h, dtype=torch.float32, like=want[0].float(), **far), gates, *common, swap,
+        dinput, dhidden if parts == 1 else None, dh0,
+    )  # fmt: skip
+    assert torch.equal((dhidden if parts == 1 else swap)[near], want[4])
+    assert torch.equal(dh0, want[5])
+    summed = torch.zeros(7, 3 * h).index_put_((args["index"],), dinput[near], accumulate=True)
+    assert torch.equal(summed, want[3])
 
 
 @each_kernel

@@ -3,22 +3,13 @@
 
 using namespace fastlm;
 
-namespace {
-
-GruShape shape_of(int64_t batch, int64_t steps, int64_t hidden, bool batch_first, bool reverse) {
-  return batch_first ? GruShape{batch, steps, hidden, steps, 1, reverse}
-                     : GruShape{batch, steps, hidden, 1, batch, reverse};
-}
-
-}  // namespace
-
 extern "C" {
 int emulated_gru_forward(const float* table, int64_t rows, const int64_t* index,
                          const uint8_t* reset, const float* w_hh, const float* b_hh,
-                         const float* h0, int parts, bool clusters, bool batch_first, bool reverse,
-                         int64_t batch, int64_t steps, int64_t hidden, void* exchange, float* h_n,
-                         float* gates) {
-  GruCudaForward args{shape_of(batch, steps, hidden, batch_first, reverse),
+                         const float* h0, int parts, bool clusters, bool reverse, int64_t batch,
+                         int64_t steps, int64_t hidden, int64_t batch_stride, int64_t step_stride,
+                         void* exchange, float* h_n, float* gates) {
+  GruCudaForward args{{batch, steps, hidden, batch_stride, step_stride, reverse},
                       table,
                       rows,
                       index,
@@ -34,10 +25,10 @@ int emulated_gru_forward(const float* table, int64_t rows, const int64_t* index,
 
 int emulated_gru_backward(const float* dout, const float* dh_n, const uint8_t* reset,
                           const float* w_hh, const float* h0, const float* out, const float* gates,
-                          int parts, bool clusters, bool batch_first, bool reverse, int64_t batch,
-                          int64_t steps, int64_t hidden, void* exchange, float* dinput,
-                          float* dhidden_gates, float* dh0) {
-  GruCudaBackward args{shape_of(batch, steps, hidden, batch_first, reverse),
+                          int parts, bool clusters, bool reverse, int64_t batch, int64_t steps,
+                          int64_t hidden, int64_t batch_stride, int64_t step_stride, void* exchange,
+                          float* dinput, float* dhidden_gates, float* dh0) {
+  GruCudaBackward args{{batch, steps, hidden, batch_stride, step_stride, reverse},
                        reset,
                        w_hh,
                        h0,
