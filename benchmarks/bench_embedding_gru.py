@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,8 @@ from fastlm.bench.case import Arguments, Case
 from fastlm.bench.tokens import zipf_tokens
 
 VOCAB, HIDDEN, SEQ = 10000, 512, 64
+# a forced backend has rows of its own
+FORCED = "".join(f"-{name}" for name in (os.environ.get("FASTLM_BACKEND"),) if name)
 
 
 def make(batch: int) -> Callable[[str], Arguments]:
@@ -48,7 +51,7 @@ def flops(batch: int) -> float:
 CASES = [
     Case(
         op="embedding_gru",
-        name=f"B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}",
+        name=f"B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}{FORCED}",
         make=make(batch),
         ours=ours,
         plain=plain,

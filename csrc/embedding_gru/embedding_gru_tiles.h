@@ -45,7 +45,7 @@ struct Tiling {
   // the sums of small products apart: shorter chains, and nothing lost to the large ones
   static constexpr int kSums = Parts > 1 ? 2 : 1;
   // vectors of 16 bytes that a lane waits for at once, where registers are left
-  static constexpr int kInFlight = Parts > 1 && kHeldParts* Held > 8 ? 2 : 4;
+  static constexpr int kInFlight = kHeldParts * kHeldTiles <= 8 ? 6 : Parts > 1 ? 2 : 4;
   static_assert(Tiles % 2 == 0, "matrices are loaded for two tiles at a time");
 };
 
