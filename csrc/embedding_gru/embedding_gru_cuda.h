@@ -12,10 +12,6 @@
 
 namespace fastlm {
 
-// How the operands of the recurrent products are rounded: 1 to bfloat16, 2 to 16 bits of
-// precision, 3 to 24 bits, which is float32. Sums and the state itself are float32 in all.
-constexpr int kMaxParts = 3;
-
 // elements of a row of `exchange` for H hidden units: vectors of 16 bytes
 __host__ __device__ constexpr int64_t gru_exchange_width(int64_t hidden) {
   return (hidden + 7) / 8 * 8;
@@ -62,6 +58,9 @@ GruCudaFit forward_cluster_fit(int64_t hidden, int parts);
 GruCudaFit backward_cluster_fit(int64_t hidden, int parts);
 }  // namespace gru
 
+// `parts` says how the operands of the recurrent products are rounded: 1 to bfloat16, 2 to 16 bits
+// of precision, 3 to 24 bits, which is float32. Sums and the state itself are float32 in all.
+//
 // Fills `exchange` and launches; a batch larger than one launch holds takes several, one after
 // the other. Nothing waits for the GPU. cudaErrorNotSupported when nothing fits.
 cudaError_t gru_forward_cuda(const GruCudaForward& args, int parts, cudaStream_t stream);

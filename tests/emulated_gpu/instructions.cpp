@@ -1,4 +1,5 @@
 // Barriers, operations of warps, and memory, one thread at a time.
+#include <cmath>
 #include <cstring>
 
 #include "machine.h"
@@ -23,6 +24,12 @@ void compute_matrices(Block& block, Warp& w) {
   }
 }
 
+// tensor cores cut the bits that a sum has too many of
+float toward_zero(double x) {
+  float nearest = float(x);
+  return std::fabs(nearest) > std::fabs(x) ? std::nextafter(nearest, 0.f) : nearest;
+}
+
 // operands in the order of the instruction: a 0..3, b 0..1, c 0..3
 void compute_product(Warp& w) {
   float a[16][16], b[16][8], c[16][8];
@@ -39,7 +46,7 @@ void compute_product(Warp& w) {
     for (int j = 0; j < 8; ++j) {
       double sum = c[i][j];
       for (int k = 0; k < 16; ++k) sum += double(a[i][k]) * b[k][j];
-      c[i][j] = float(sum);
+      c[i][j] = toward_zero(sum);
     }
   }
   for (int lane = 0; lane < kLanesOfWarp; ++lane) {
