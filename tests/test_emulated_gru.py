@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import shutil
+import sys
 from collections.abc import Iterator
 
 import emulated_gru
@@ -22,8 +23,9 @@ import fastlm
 from fastlm import dispatch, testing
 from fastlm.ops.embedding_gru import cuda_kernels, op
 
-if shutil.which("g++") is None:
-    pytest.skip("no g++ to compile the emulated device", allow_module_level=True)
+if sys.platform != "linux" or shutil.which(emulated_gru.COMPILER.split()[0]) is None:
+    reason = f"the emulated device needs Linux and {emulated_gru.COMPILER}"
+    pytest.skip(reason, allow_module_level=True)
 
 # parts of an operand, and what exchanges the state; 2 is for float16, which clusters do not take
 PARTS = [(1, "grid"), (2, "grid"), (3, "grid"), (1, "clusters"), (3, "clusters")]
