@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,8 @@ from fastlm.bench.case import Arguments, Case
 from fastlm.bench.tokens import zipf_tokens
 
 VOCAB = 10000
+# a forced backend has rows of its own
+FORCED = "".join(f"-{name}" for name in (os.environ.get("FASTLM_BACKEND"),) if name)
 
 
 def weights(hidden: int) -> list[Tensor]:
@@ -71,7 +74,7 @@ def case(op: str, batch: int, length: int, hidden: int) -> Case:
     embeds = op == "embedding_gru"
     return Case(
         op=op,
-        name=f"B{batch}-T{length}-H{hidden}" + (f"-V{VOCAB}" if embeds else ""),
+        name=f"B{batch}-T{length}-H{hidden}" + (f"-V{VOCAB}" if embeds else "") + FORCED,
         make=(make_tokens if embeds else make_dense)(batch, length, hidden),
         ours=tokens if embeds else dense,
         plain=plain_tokens if embeds else plain_dense,

@@ -8,7 +8,9 @@ gradient of an embedding row is one sum over its positions in a fixed order.
 Saved for backward: the inputs, `output`, and `gates` [N, 4H] = (r, z, n, W_hn h + b_hn) in float32
 (float64 for float64), or no gates with save="hidden": the backward recomputes them in one product.
 
-The cpu backend takes float32 and bfloat16 and refuses the rest; the reference takes any float.
+The cpu backend takes float32 and bfloat16 and refuses the rest; the reference takes any float. The
+cuda backend takes bfloat16 up to H = 2048, float16 and float32 up to 1024, less where the device
+is too small to hold the recurrent weights on chip; it is deterministic.
 Source: Cho et al. 2014 (arXiv:1406.1078), reset after the product as in cuDNN; one table row a
 token type as in gather-based inference engines.
 """
@@ -24,7 +26,7 @@ from torch import Tensor
 from ... import checks, extension, matmul
 from ...dispatch import register
 from ...library import define, once_differentiable
-from . import cpu_kernels, layer, reference
+from . import cpu_kernels, cuda_kernels, layer, reference
 
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? reset"
 _TOKENS = f"Tensor tokens, Tensor weight, {_WEIGHTS}, Tensor? unique, Tensor? inverse"
@@ -171,6 +173,16 @@ for _name, _forward, _backward in (
     ("embedding_gru", layer.embedding_forward, layer.embedding_backward),
     ("gru", layer.gru_forward, layer.gru_backward),
 ):
+    register(
+        _name,
+        "cuda",
+        cuda_kernels.of_layer(_forward),
+        cuda_kernels.of_layer(_backward),
+        devices=("cuda",),
+        unavailable=cuda_kernels.unavailable,
+        refuses=cuda_kernels.refuses,
+        proven=False,
+    )
     register(
         _name,
         "cpu",
