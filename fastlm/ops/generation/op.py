@@ -211,11 +211,16 @@ def _reference(
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
         return drawn, logprobs.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
 
+    if prompts.shape[0] == 0:
+        return _fake_generation(
+            prompts, prompt_lengths, rows, h0, embedding, cells, None, None, None, None, None,
+            max_new, seed, first, temperature, top_k, top_p, min_p, save,
+        )  # fmt: skip
     ends = None if stops is None else stops.nonzero()[:, 0]
     state = _made(prompts, max_new, embedding, cells)[3] if h0 is None else h0.clone()
     made = reference.loop(step, sample, given, ends, max_new, state)
     made = made._replace(logprobs=made.logprobs.to(embedding.dtype))
-    if not save or prompts.shape[0] == 0:
+    if not save:
         return *made, *_saved(prompts, max_new, embedding, cells, save)
     logprobs, *saved = reference.score(weights, given, made.tokens, made.lengths, temperature)
     return *made._replace(logprobs=logprobs), *saved
@@ -243,6 +248,8 @@ def _reference_step(
     tokens: Tensor, h: Tensor, embedding: Tensor, cells: Any, head_weight: Any, head_bias: Any,
     packed: Any, table: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if tokens.shape[0] == 0:
+        return _fake_step(tokens, h, embedding, cells, head_weight, None, None, None)
     return reference.step(_weights(embedding, cells, head_weight, head_bias), tokens, h)
 
 
@@ -281,9 +288,11 @@ class MadeLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kept: Kept, temperature: float, padding_idx: int | None, *parameters: Any
-    ) -> Tensor:
-        ctx.save_for_backward(*kept[1:], *parameters)
+        ctx: Any, kept: Kept, temperature: float, padding_idx: int | None, rows: Tensor | None,
+        *parameters: Any,
+    ) -> Tensor:  # fmt: skip
+        embedding = parameters[0] if rows is None else rows
+        ctx.save_for_backward(*kept[1:], embedding, *parameters[1:])
         ctx.scale = 1.0 / temperature if temperature > 0 else 1.0
         ctx.padding_idx = padding_idx
         return kept.logprobs
@@ -294,7 +303,7 @@ class MadeLogprobs(torch.autograd.Function):
         saved = ctx.saved_tensors
         kept, parameters = Kept(dlogprobs, *saved[:8]), saved[8:]
         embedding, *cells, head_weight, head_bias = parameters
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         doutput, dhead, dbias = _head_backward(kept, ctx.scale, head_weight, head_bias, needs[-2:])
         grads: list[Tensor | None] = []
         batch, hidden = kept.prompts.shape[0], doutput.shape[-1]
@@ -319,7 +328,7 @@ class MadeLogprobs(torch.autograd.Function):
             grads = [dw_ih, dw_hh, db[0], db[1], *grads]
         every = (dweight, *grads, dhead, dbias)
         kept_grads = (g if need else None for g, need in zip(every, needs, strict=True))
-        return (None, None, None, *kept_grads)
+        return (None, None, None, None, *kept_grads)
 
 
 def _head_backward(

@@ -90,10 +90,9 @@ def _prompts(op: str, prompts: Any, prompt_lengths: Tensor | None) -> tuple[Prom
         low, high = (int(x) for x in lengths.aminmax())
         if low < 1 or high > width:
             bad = int(((lengths < 1) | (lengths > width)).int().argmax())
-            checks.bad_value(
-                op, f"the length of prompt {bad}", f"in [1, {width}]", int(lengths[bad]),
-                "start with a token of your own, as that which ends documents",
-            )  # fmt: skip
+            remedy = "begin with a token of your own, as that which ends documents" * (low < 1)
+            wanted = f"in [1, {max(1, width)}]"
+            checks.bad_value(op, f"length of prompt {bad}", wanted, int(lengths[bad]), remedy)
         tokens = tokens[:, :high]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     return Prompts(torch.where(at < lengths[:, None], tokens, 0), lengths.contiguous()), single
@@ -179,9 +178,7 @@ def _with_kernel(request: _Request, weights: DecoderWeights, save: bool) -> Gene
     _check_distributions(op, made)
     if save:
         stored = ops.Kept(logprobs, tokens, lengths, made, counts, *kept)
-        logprobs = ops.MadeLogprobs.apply(
-            stored, options[0], weights.padding_idx, *weights.parameters
-        )
+        logprobs = weights.with_gradient(stored, options[0])
     return Generated(made, counts, logprobs, h_n)
 
 
@@ -364,7 +361,5 @@ def generation_logprobs(
         )
     if save:
         stored = ops.Kept(logprobs, *given, tokens, lengths, *kept)
-        logprobs = ops.MadeLogprobs.apply(
-            stored, temperature, weights.padding_idx, *weights.parameters
-        )
+        logprobs = weights.with_gradient(stored, temperature)
     return logprobs[0] if single else logprobs

@@ -142,5 +142,5 @@ def score(
         into = values.new_zeros(tokens.numel())
         return into.index_copy(0, place, values).view(tokens.shape)
 
-    statistics = ((picked - top) - log_sum, top, log_sum)
-    return *map(spread, statistics), torch.stack(outputs), torch.stack(all_gates)
+    logprobs = spread((picked - top) - log_sum)
+    return logprobs, spread(top), spread(log_sum), torch.stack(outputs), torch.stack(all_gates)

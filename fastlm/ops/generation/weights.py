@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import checks, extension
 from ...extension import raw
+from .op import Kept, MadeLogprobs
 from .reference import Cell, Weights
 
 
@@ -56,9 +57,12 @@ class DecoderWeights:
         self.parameters = (embedding, *(w for cell in cells for w in cell), head_weight, head_bias)
         self._marks = [None if p is None else _mark(p) for p in self.parameters]
         rows = _wide(embedding)
+        #: what the embedding stands for in products, where that is not the parameter itself
+        self.rows: Tensor | None = None
         if max_norm is not None:
             # the rows that a lookup would leave behind
             rows = torch.renorm(rows, norm_type, 0, max_norm)
+            self.rows = rows.to(embedding.dtype)
         self.wide = Weights(
             rows,
             [(_wide(a), _wide(b), _wide(c), _wide(d)) for a, b, c, d in cells],
@@ -110,6 +114,11 @@ class DecoderWeights:
             self._table = rows.new_empty(rows.shape[0], 3 * self.hidden)
             raw("generation_project")(self.packed, rows, self._table)
         return self._table
+
+    def with_gradient(self, kept: Kept, temperature: float) -> Tensor:
+        """The log-probs of a decoding, in the graph of the parameters."""
+        how = (temperature, self.padding_idx, self.rows)
+        return MadeLogprobs.apply(kept, *how, *self.parameters)
 
     def arguments(self, tokens: int) -> tuple[Any, ...]:
         """embedding, cells, head_weight, head_bias, packed, table of the torch ops."""
