@@ -4,7 +4,7 @@ policy gradient on them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,8 +18,7 @@ from fastlm.bench.case import Arguments, Case
 VOCAB, HIDDEN, LENGTH = 2048, 256, 256
 
 
-@dataclass
-class Model:
+class Model(NamedTuple):
     """The same parameters, as plain modules and as ours."""
 
     batch: int
