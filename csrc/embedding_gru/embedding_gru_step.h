@@ -95,14 +95,15 @@ FASTLM_INLINE void pack_panel(const float* w, const float* bias, int64_t depth,
     const int count = columns.count[g];
     store(panel + g * kLanes, bias && count > 0 ? load_first(bias + first, count, 0.f) : Vec{});
     for (int64_t k0 = 0; k0 < depth; k0 += kLanes) {
-      float block[kLanes][kLanes];
+      Vec block[kLanes];
+#pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
-        store(block[j], j < count ? load_columns(w + (first + j) * depth, k0, depth) : Vec{});
+        block[j] = j < count ? load_columns(w + (first + j) * depth, k0, depth) : Vec{};
       }
+      transpose(block);
       const int64_t size = depth - k0 < kLanes ? depth - k0 : kLanes;
       for (int64_t k = 0; k < size; ++k) {
-        float* to = panel + ((k0 + k + 1) * kGates + g) * kLanes;
-        for (int j = 0; j < kLanes; ++j) to[j] = block[j][k];
+        store(panel + ((k0 + k + 1) * kGates + g) * kLanes, block[k]);
       }
     }
   }

@@ -14,16 +14,18 @@
 
 namespace fastlm {
 
-// All matrices stand in one array, in panels of embedding_gru_step.h, each padded for the widest
-// vectors: w_ih and w_hh of every layer, then the head.
 struct DecoderShape {
   int64_t embedding_dim, hidden, layers;
   int64_t classes;  // rows of the head; 0: none, and nothing is sampled
 };
 
+// Where packed, all matrices stand in one array, in panels of embedding_gru_step.h, each padded for
+// the widest vectors: w_ih and w_hh of every layer, then the head. Where not, each thread packs a
+// panel when it comes to it, which pays when few steps follow.
 struct DecoderWeights {
   DecoderShape shape;
-  const float* packed;     // generation_packed_size floats, 64-byte aligned
+  const float* packed;  // generation_packed_size floats, 64-byte aligned, or null
+  const int64_t* raw;   // addresses: w_ih, w_hh, b_ih, b_hh of each layer, then those of the head
   const float* embedding;  // [V, D]
   const float* table;      // [V, 3H] input projections, or null: project at every step
 };
@@ -68,6 +70,7 @@ struct GenerationStep {
   float* h_n;             // [L, B, H]
   float* logits;          // [B, classes], or null
   float* workspace;
+  int threads;
 };
 
 // padded to the widest vectors, whatever the instruction set
@@ -75,6 +78,8 @@ int64_t generation_gates_size(int64_t hidden, int64_t depth);
 int64_t generation_head_size(int64_t classes, int64_t hidden);
 int64_t generation_packed_size(const DecoderShape& shape);
 int64_t generation_workspace(const DecoderShape& shape, int64_t batch, int threads);
+// floats of one panel of each matrix of a layer, for one thread
+int64_t generation_panel_scratch(const DecoderShape& shape);
 // rows whose logits are held at once
 int64_t generation_group(const DecoderShape& shape, int64_t batch);
 

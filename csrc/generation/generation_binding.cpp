@@ -27,6 +27,9 @@ int64_t generation_packed_size(const DecoderShape& s) {
          (2 * s.layers - 1) * generation_gates_size(s.hidden, s.hidden) +
          generation_head_size(s.classes, s.hidden);
 }
+int64_t generation_panel_scratch(const DecoderShape& s) {
+  return 2 * 3 * kMaxLanes * (std::max(s.embedding_dim, s.hidden) + 1);
+}
 int64_t generation_group(const DecoderShape& s, int64_t batch) {
   if (s.classes == 0) return batch;
   int64_t rows = std::max(kLeastRows, kLogitsFloats / s.classes / kLeastRows * kLeastRows);
@@ -40,7 +43,7 @@ int64_t generation_workspace(const DecoderShape& s, int64_t batch, int threads) 
   int64_t scratch = padded(sample_scratch(s.classes), kMaxLanes);
   // slots: int64 in the array of floats
   return batch * (2 * s.layers * state + input) + generation_group(s, batch) * logits +
-         threads * scratch + 2 * (kMaxLanes + 3 * batch);
+         threads * (scratch + generation_panel_scratch(s)) + 2 * (kMaxLanes + 3 * batch);
 }
 
 namespace {
@@ -60,12 +63,13 @@ const int64_t* ids(const std::optional<Tensor>& t) { return t ? ids(*t) : nullpt
 int64_t* ids_out(const Tensor& t) { return static_cast<int64_t*>(out(t)); }
 float* floats_out(const std::optional<Tensor>& t) { return t ? fastlm::floats_out(*t) : nullptr; }
 
-DecoderWeights weights_of(const Tensor& packed, const Tensor& embedding,
-                          const std::optional<Tensor>& table, const Tensor& h_n, int64_t classes) {
+DecoderWeights weights_of(const std::optional<Tensor>& packed, const Tensor& addresses,
+                          const Tensor& embedding, const std::optional<Tensor>& table,
+                          const Tensor& h_n, int64_t classes) {
   DecoderShape shape{embedding.size(1), h_n.size(2), h_n.size(0), classes};
-  STD_TORCH_CHECK(packed.numel() == generation_packed_size(shape),
+  STD_TORCH_CHECK(!packed || packed->numel() == generation_packed_size(shape),
                   "fastlm_C: packed weights of another shape");
-  return {shape, floats(packed), floats(embedding), floats(table)};
+  return {shape, floats(packed), ids(addresses), floats(embedding), floats(table)};
 }
 
 int threads_for(const DecoderWeights& w, int64_t batch) {
@@ -100,34 +104,35 @@ int64_t packed_size(int64_t embedding_dim, int64_t hidden, int64_t layers, int64
 // the input projection of every row of the embedding; `table` is [V, 3H]
 void project(const Tensor& packed, const Tensor& embedding, const Tensor& table) {
   DecoderShape shape{embedding.size(1), table.size(1) / 3, 1, 0};
-  DecoderWeights weights{shape, floats(packed), floats(embedding), nullptr};
+  DecoderWeights weights{shape, floats(packed), nullptr, floats(embedding), nullptr};
   auto kernel = FASTLM_PICK(generation_table);
   float* to = fastlm::floats_out(table);
   parallel_rows(embedding.size(0), 64,
                 [&](int64_t begin, int64_t end) { kernel(weights, begin, end, to); });
 }
 
-void step(const Tensor& packed, const Tensor& embedding, const std::optional<Tensor>& table,
-          const Tensor& tokens, const Tensor& h, const Tensor& h_n,
-          const std::optional<Tensor>& logits, int64_t classes) {
+void step(const std::optional<Tensor>& packed, const Tensor& addresses, const Tensor& embedding,
+          const std::optional<Tensor>& table, const Tensor& tokens, const Tensor& h,
+          const Tensor& h_n, const std::optional<Tensor>& logits, int64_t classes) {
   GenerationStep args{};
-  args.weights = weights_of(packed, embedding, table, h_n, classes);
+  args.weights = weights_of(packed, addresses, embedding, table, h_n, classes);
   args.batch = h_n.size(1);
   args.tokens = ids(tokens);
   args.h0 = floats(h);
   args.h_n = fastlm::floats_out(h_n);
   args.logits = floats_out(logits);
-  Workspace workspace = allocate(generation_workspace(args.weights.shape, args.batch, 1));
+  args.threads = threads_for(args.weights, args.batch);
+  Workspace workspace =
+      allocate(generation_workspace(args.weights.shape, args.batch, args.threads));
   args.workspace = workspace.get();
   auto kernel = FASTLM_PICK(generation_step);
-  parallel_team(threads_for(args.weights, args.batch),
-                [&](Team& team, int rank) { kernel(args, team, rank); });
+  parallel_team(args.threads, [&](Team& team, int rank) { kernel(args, team, rank); });
 }
 
 // samples, or scores `given` where there is one
-void generate(const Tensor& packed, const Tensor& embedding, const std::optional<Tensor>& table,
-              int64_t classes, const Tensor& prompts, const Tensor& prompt_lengths,
-              const Tensor& order, const std::optional<Tensor>& h0,
+void generate(const std::optional<Tensor>& packed, const Tensor& addresses, const Tensor& embedding,
+              const std::optional<Tensor>& table, int64_t classes, const Tensor& prompts,
+              const Tensor& prompt_lengths, const Tensor& order, const std::optional<Tensor>& h0,
               const std::optional<Tensor>& given, const std::optional<Tensor>& given_lengths,
               const std::optional<Tensor>& stops, const Tensor& rows, int64_t seed, int64_t step,
               double temperature, int64_t top_k, double top_p, double min_p, const Tensor& tokens,
@@ -135,7 +140,7 @@ void generate(const Tensor& packed, const Tensor& embedding, const std::optional
               const std::optional<Tensor>& row_max, const std::optional<Tensor>& log_sum,
               const std::optional<Tensor>& output, const std::optional<Tensor>& gates) {
   Generation args{};
-  args.weights = weights_of(packed, embedding, table, h_n, classes);
+  args.weights = weights_of(packed, addresses, embedding, table, h_n, classes);
   args.batch = h_n.size(1);
   args.prompts = ids(prompts);
   args.prompt_lengths = ids(prompt_lengths);
@@ -176,10 +181,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
       "generation_pack(Tensor w, Tensor? bias, bool gates, int offset, Tensor(a!) packed) -> int");
   m.def("generation_project(Tensor packed, Tensor embedding, Tensor(a!) table) -> ()");
   m.def(
-      "generation_step(Tensor packed, Tensor embedding, Tensor? table, Tensor tokens, Tensor h, "
+      "generation_step(Tensor? packed, Tensor addresses, Tensor embedding, Tensor? table, Tensor "
+      "tokens, Tensor h, "
       "Tensor(a!) h_n, Tensor(b!)? logits, int classes) -> ()");
   m.def(
-      "generation(Tensor packed, Tensor embedding, Tensor? table, int classes, Tensor prompts, "
+      "generation(Tensor? packed, Tensor addresses, Tensor embedding, Tensor? table, int classes, "
+      "Tensor prompts, "
       "Tensor prompt_lengths, Tensor order, Tensor? h0, Tensor? given, Tensor? given_lengths, "
       "Tensor? stops, Tensor rows, int seed, int step, float temperature, int top_k, float top_p, "
       "float min_p, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) lengths, Tensor(d!) h_n, "

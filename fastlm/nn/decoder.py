@@ -15,9 +15,10 @@ from ..ops.generation.weights import DecoderWeights
 class GRUDecoder:
     """One token at a time, or a whole generation with `fastlm.generate(decoder, prompts, n)`.
 
-    Weights are packed once. A decoder is of the weights as they were: once one of them has been
-    changed in place it raises, and another has to be made. It holds a copy of all matrices, and
-    after about V / 2 tokens the input projection of the whole vocabulary, V x 3H values.
+    A decoder is of the weights as they were: once one of them has been changed in place it raises,
+    and another has to be made. After a few steps it holds a packed copy of all matrices, and after
+    about V / 2 tokens the input projection of the whole vocabulary, V x 3H values; so keep one for
+    many short generations.
 
     A model of one's own gets the compiled generation by this method:
         def decoder(self):
@@ -70,7 +71,7 @@ class GRUDecoder:
         h = self.start(batch) if h is None else h
         checks.shape(op, "h", h, (weights.layers, batch, weights.hidden), "layers, B, H")
         h = h.to(weights.wide.embedding.dtype)
-        return generation_step(tokens.long(), h, *weights.arguments(batch))
+        return generation_step(tokens.long(), h, *weights.arguments(batch, 1))
 
     def step(self, tokens: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """tokens [B], h [num_layers, B, H] or None -> output [B, H] of the last layer, next h."""

@@ -14,7 +14,7 @@ Saved, when a backward follows: states and gates of every layer [L, B, steps, H 
 largest logit and log sum of exponentials of every made token. The backward computes the logits
 again, chunk by chunk, as `linear_row_statistics` does, and needs no second forward through the GRU.
 
-Backends: cpu (C++) takes float32, and bfloat16 weights widened once; reference takes the rest.
+Backends: cpu (C++) takes float32, and half-precision weights widened once; reference takes all.
 Source: whole-loop decoding as in the persistent RNNs of Diamos et al. 2016.
 """
 
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import extension
+from ... import checks, extension
 from ...dispatch import register
 from ...library import define, once_differentiable
 from ..linear_row_statistics import op as linear
@@ -121,8 +121,16 @@ generation_step = define(
 )
 
 
-def _cpu_refuses(packed: Tensor | None, **_: Any) -> str | None:
-    return "weights were not packed: not float32 or bfloat16" if packed is None else None
+def _cpu_refuses(embedding: Tensor, **_: Any) -> str | None:
+    if embedding.dtype != torch.float32:
+        return f"weights are computed with in {checks.short(embedding.dtype)}, not float32"
+    return None
+
+
+def _addresses(cells: Any, head_weight: Tensor | None, head_bias: Tensor | None) -> Tensor:
+    """What the kernel reads where the weights are not packed."""
+    every = (*cells, head_weight, head_bias)
+    return torch.tensor([0 if w is None else w.data_ptr() for w in every])
 
 
 def _or_none(saved: Sequence[Tensor], save: bool) -> Sequence[Tensor | None]:
@@ -135,8 +143,8 @@ def _order(prompt_lengths: Tensor) -> Tensor:
 
 def _cpu(
     prompts: Tensor, prompt_lengths: Tensor, rows: Tensor, h0: Tensor | None, embedding: Tensor,
-    cells: Any, head_weight: Tensor | None, head_bias: Any, packed: Tensor, table: Tensor | None,
-    stops: Tensor | None, max_new: int, *options: Any,
+    cells: Any, head_weight: Tensor | None, head_bias: Any, packed: Tensor | None,
+    table: Tensor | None, stops: Tensor | None, max_new: int, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *how, save = options
     made = _made(prompts, max_new, embedding, cells)
@@ -145,15 +153,16 @@ def _cpu(
     if prompts.shape[0] > 0:
         h0 = None if h0 is None else h0.contiguous()
         extension.raw("generation")(
-            packed, embedding, table, classes, prompts, prompt_lengths, _order(prompt_lengths), h0,
-            None, None, stops, rows, *how, *made, *_or_none(saved, save),
+            packed, _addresses(cells, head_weight, head_bias), embedding, table, classes, prompts,
+            prompt_lengths, _order(prompt_lengths), h0, None, None, stops, rows, *how, *made,
+            *_or_none(saved, save),
         )  # fmt: skip
     return *made, *saved
 
 
 def _cpu_logprobs(
     prompts: Tensor, prompt_lengths: Tensor, tokens: Tensor, lengths: Tensor, embedding: Tensor,
-    cells: Any, head_weight: Tensor, head_bias: Any, packed: Tensor, table: Tensor | None,
+    cells: Any, head_weight: Tensor, head_bias: Any, packed: Tensor | None, table: Tensor | None,
     temperature: float, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     max_new = tokens.shape[1]
@@ -162,23 +171,26 @@ def _cpu_logprobs(
     if prompts.shape[0] > 0 and max_new > 0:
         how = (0, 0, temperature, 0, 1.0, 0.0)
         extension.raw("generation")(
-            packed, embedding, table, head_weight.shape[0], prompts, prompt_lengths,
-            _order(prompt_lengths), None, tokens, lengths, None, counted, *how, unused, logprobs,
-            counted, h_n, *_or_none(saved, save),
+            packed, _addresses(cells, head_weight, head_bias), embedding, table,
+            head_weight.shape[0], prompts, prompt_lengths, _order(prompt_lengths), None, tokens,
+            lengths, None, counted, *how, unused, logprobs, counted, h_n, *_or_none(saved, save),
         )  # fmt: skip
     return logprobs, *saved
 
 
 def _cpu_step(
     tokens: Tensor, h: Tensor, embedding: Tensor, cells: Any, head_weight: Tensor | None,
-    head_bias: Any, packed: Tensor, table: Tensor | None,
+    head_bias: Any, packed: Tensor | None, table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     logits, h_n = _fake_step(tokens, h, embedding, cells, head_weight, None, None, None)
     if tokens.shape[0] > 0:
         arguments = (tokens.contiguous(), h.contiguous(), h_n)
         classes = logits.shape[1]
         wanted = logits if classes else None
-        extension.raw("generation_step")(packed, embedding, table, *arguments, wanted, classes)
+        addresses = _addresses(cells, head_weight, head_bias)
+        extension.raw("generation_step")(
+            packed, addresses, embedding, table, *arguments, wanted, classes
+        )
     return logits, h_n
 
 

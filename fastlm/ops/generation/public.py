@@ -169,8 +169,7 @@ def _with_kernel(request: _Request, weights: DecoderWeights, save: bool) -> Gene
         mask = torch.zeros(weights.classes, dtype=torch.uint8, device=tokens.device)
         mask[stops] = 1
     h0 = _state(op, weights, state, tokens.shape[0])
-    steps = tokens.shape[0] * (tokens.shape[1] + max_new - 1)
-    arguments = weights.arguments(steps)
+    arguments = weights.arguments(tokens.shape[0], tokens.shape[1] + max_new - 1)
     with torch.no_grad():
         made, logprobs, counts, h_n, *kept = ops.generation(
             tokens, lengths, rows, h0, *arguments, mask, max_new, seed, step, *options, save
@@ -247,7 +246,7 @@ def generate(
 
     Args:
         model: a `fastlm.nn.GRUDecoder(body, head)`, which runs as one compiled loop (float32, or
-            bfloat16 weights widened; on the CPU); or a function step(tokens [B], state or None) ->
+            half-precision weights widened; on the CPU); or a function step(tokens [B], state or None) ->
             (logits [B, V], state), called once a token; or anything with a method `decoder()` that
             returns one of them. Dropout is off in a GRUDecoder; a step is called as it is.
         prompts: [B, P] integers, with `prompt_lengths` [B] if they are right-padded; or a list of
@@ -354,7 +353,7 @@ def generation_logprobs(
     save = torch.is_grad_enabled() and any(
         p is not None and p.requires_grad for p in weights.parameters
     )
-    arguments = weights.arguments(batch * (given.tokens.shape[1] + tokens.shape[1]))
+    arguments = weights.arguments(batch, given.tokens.shape[1] + tokens.shape[1] - 1)
     with torch.no_grad():
         logprobs, *kept = ops.generation_logprobs(
             *given, tokens, lengths, *arguments, temperature, save

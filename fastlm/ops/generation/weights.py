@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, extension
+from ... import extension
 from ...extension import raw
 from .op import Kept, MadeLogprobs
 from .reference import Cell, Weights
+
+# packing pays after so many steps that pack panel by panel and keep nothing: between 4 (V=10000
+# H=512) and 14 (V=50000), AMD EPYC with AVX-512, 2026-11
+PACK_STEPS = 10
 
 
 def _wide(x: Tensor | None) -> Any:
@@ -27,11 +31,11 @@ def _mark(x: Tensor) -> tuple[int, int]:
 
 
 class DecoderWeights:
-    """An embedding, GRU layers and a linear head, packed for the CPU kernel where it takes them.
+    """An embedding, GRU layers and a linear head, for the CPU kernel where it takes them.
 
-    Beside the packed copy of all matrices it holds, once that pays, the input projection of the
-    whole vocabulary, [V, 3H]. It is of the weights as they were: used after one has been changed
-    in place, it raises.
+    Once that pays it holds a packed copy of all matrices, and the input projection of the whole
+    vocabulary, [V, 3H]; results are the same to the bit with them and without. It is of the weights
+    as they were: used after one has been changed in place, it raises.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class DecoderWeights:
             len(cells),
         )
         self.classes = 0 if head_weight is None else head_weight.shape[0]
-        self.dtype, self.device = embedding.dtype, embedding.device
+        self.dtype = embedding.dtype
         #: embedding, the cells one after the other, head, in the order of gradients
         self.parameters = (embedding, *(w for cell in cells for w in cell), head_weight, head_bias)
         self._marks = [None if p is None else _mark(p) for p in self.parameters]
@@ -69,13 +73,13 @@ class DecoderWeights:
             _wide(head_weight),
             _wide(head_bias),
         )
-        self.packed = self._pack()
+        self._packs = not extension.unavailable and rows.dtype == torch.float32
+        self._packs &= rows.device.type == "cpu"
+        self._packed: Tensor | None = None
         self._table: Tensor | None = None
-        self._read = 0
+        self._steps = self._tokens = 0
 
-    def _pack(self) -> Tensor | None:
-        if extension.unavailable or self.refusal() is not None:
-            return None
+    def _pack(self) -> Tensor:
         rows, cells, head_weight, head_bias = self.wide
         size = raw("generation_packed_size")(rows.shape[1], self.hidden, self.layers, self.classes)
         packed, offset = rows.new_empty(size), 0
@@ -88,14 +92,6 @@ class DecoderWeights:
             pack(head_weight, head_bias, False, offset, packed)
         return packed
 
-    def refusal(self) -> str | None:
-        """Why no kernel takes these weights."""
-        if self.device.type != "cpu":
-            return f"weights are on {self.device.type}"
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            return f"dtype {checks.short(self.dtype)}"
-        return None
-
     def check_fresh(self, op: str) -> None:
         now = [None if p is None else _mark(p) for p in self.parameters]
         if now != self._marks:
@@ -103,25 +99,21 @@ class DecoderWeights:
                 f"fastlm.{op}: the weights have changed since the decoder was made; make another"
             )
 
-    def table(self, tokens: int) -> Tensor | None:
-        """The projected vocabulary, when reading `tokens` more tokens makes it worth its price.
-
-        Results are the same to the bit with it and without.
-        """
-        self._read += tokens
-        if self._table is None and self.packed is not None and 2 * self._read >= self.vocabulary:
-            rows = self.wide.embedding
-            self._table = rows.new_empty(rows.shape[0], 3 * self.hidden)
-            raw("generation_project")(self.packed, rows, self._table)
-        return self._table
-
     def with_gradient(self, kept: Kept, temperature: float) -> Tensor:
         """The log-probs of a decoding, in the graph of the parameters."""
         how = (temperature, self.padding_idx, self.rows)
         return MadeLogprobs.apply(kept, *how, *self.parameters)
 
-    def arguments(self, tokens: int) -> tuple[Any, ...]:
-        """embedding, cells, head_weight, head_bias, packed, table of the torch ops."""
+    def arguments(self, batch: int, steps: int) -> tuple[Any, ...]:
+        """embedding, cells, head_weight, head_bias, packed, table of the torch ops, for reading
+        `steps` more tokens of each of `batch` rows."""
         rows, cells, head_weight, head_bias = self.wide
+        self._steps += steps
+        self._tokens += batch * steps
+        if self._packs and self._packed is None and self._steps >= PACK_STEPS:
+            self._packed = self._pack()
+        if self._packed is not None and self._table is None and 2 * self._tokens >= rows.shape[0]:
+            self._table = rows.new_empty(rows.shape[0], 3 * self.hidden)
+            raw("generation_project")(self._packed, rows, self._table)
         flat = [w for cell in cells for w in cell]
-        return rows, flat, head_weight, head_bias, self.packed, self.table(tokens)
+        return rows, flat, head_weight, head_bias, self._packed, self._table
