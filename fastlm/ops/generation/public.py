@@ -25,7 +25,7 @@ class Generated(NamedTuple):
 
     tokens: Tensor  # [B, max_new_tokens] int64, -100 after the end of a row
     lengths: Tensor  # [B] int64: tokens of each row, its stop token counted
-    logprobs: Tensor | None  # [B, max_new_tokens] float32 in nats, 0 after the end of a row
+    logprobs: Tensor | None  # [B, max_new_tokens] in nats, 0 after the end of a row
     state: Any  # after the last token that was read: [layers, B, H] of a GRUDecoder
 
 
@@ -246,9 +246,9 @@ def generate(
 
     Args:
         model: a `fastlm.nn.GRUDecoder(body, head)`, which runs as one compiled loop (float32, or
-            half-precision weights widened; on the CPU); or a function step(tokens [B], state or None) ->
-            (logits [B, V], state), called once a token; or anything with a method `decoder()` that
-            returns one of them. Dropout is off in a GRUDecoder; a step is called as it is.
+            half-precision weights widened; on the CPU); or a function step(tokens [B], state or
+            None) -> (logits [B, V], state), called once a token; or anything with a method
+            `decoder()` that returns one of them. Dropout is off in a GRUDecoder; a step is called as it is.
         prompts: [B, P] integers, with `prompt_lengths` [B] if they are right-padded; or a list of
             prompts of any lengths; or one prompt, [P] or a list of ints. One token each at least.
         max_new_tokens: at least 1.
@@ -261,7 +261,7 @@ def generate(
         state: what an earlier call returned. Prompts then begin with the last token it made.
 
     Returns:
-        `Generated`.
+        `Generated`; log-probs in float32, of a GRUDecoder with float64 weights in float64.
 
     Raises:
         ValueError: a shape or option differs from the above; on the CPU also logits that are no
