@@ -248,8 +248,8 @@ def generate(
         model: a `fastlm.nn.GRUDecoder(body, head)`, which runs as one compiled loop (float32, or
             half-precision weights widened; on the CPU); or a function step(tokens [B], state or
             None) -> (logits [B, V], state), called once a token; or anything with a method
-            `decoder()` that returns one of them. Dropout is off in a GRUDecoder; a step is called as
-            it is.
+            `decoder()` that returns one of them. Dropout is off in a GRUDecoder; a step is called
+            as it is.
         prompts: [B, P] integers, with `prompt_lengths` [B] if they are right-padded; or a list of
             prompts of any lengths; or one prompt, [P] or a list of ints. One token each at least.
         max_new_tokens: at least 1.
