@@ -6,6 +6,7 @@ from .ops.attention.mask import AttnMask
 from .ops.attention.op import attention
 from .ops.cross_entropy.op import cross_entropy
 from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
+from .ops.generation.public import Generated, generate, generation_logprobs
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.linear_kl_div.op import linear_kl_div
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttnMask",
+    "Generated",
     "LinearCrossEntropyOptions",
     "TokenLogprobs",
     "TokenPlan",
@@ -45,6 +47,8 @@ __all__ = [
     "entropy",
     "explain",
     "gae",
+    "generate",
+    "generation_logprobs",
     "group_advantages",
     "gru",
     "kl_estimate",

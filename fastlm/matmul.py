@@ -18,12 +18,14 @@ from torch import Tensor
 
 from . import extension
 
-#: whether the compiled product is the faster one on this machine
-own_is_faster: bool = (
-    extension.unavailable is None
-    and torch.backends.mkl.is_available()
-    and extension.raw("mkl_is_slow")()
-)
+
+@functools.lru_cache
+def own_is_faster() -> bool:
+    """Whether the compiled product is the faster one on this machine."""
+    if extension.unavailable or not torch.backends.mkl.is_available():
+        return False
+    return extension.raw("mkl_is_slow")()
+
 
 # smaller results leave most of a tile empty; a shorter sum is not worth packing for
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 8, 24, 16
@@ -52,7 +54,7 @@ def own_into(
 
 def takes_mixed(operand: Tensor) -> bool:
     """Whether `into` takes operands like this one, in half precision, for a float32 result."""
-    return own_is_faster and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
+    return own_is_faster() and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
 
 
 def _suits_own(out: Tensor, depth: int) -> bool:
@@ -65,7 +67,7 @@ def into(
 ) -> Tensor:
     """As `plain_into`, by the faster of the two; operands as `takes_mixed` says."""
     depth = a.shape[1]
-    own = own_is_faster and out.dtype == torch.float32 and out.device.type == "cpu"
+    own = own_is_faster() and out.dtype == torch.float32 and out.device.type == "cpu"
     if own and out.stride(1) == 1 and depth > 0:
         if a.dtype != out.dtype or b.dtype != out.dtype or _suits_own(out, depth):
             return own_into(out, a, b, bias, accumulate=accumulate)

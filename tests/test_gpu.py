@@ -200,6 +200,26 @@ def test_decoder_is_the_forward(device: str) -> None:
     torch.testing.assert_close(h, model(tokens)[1].detach())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_generation(device: str) -> None:
+    body = fastlm.nn.EmbeddingGRU(33, 7, 9, num_layers=2).to(device)
+    head = torch.nn.Linear(9, 33).to(device)
+    decoder = fastlm.nn.GRUDecoder(body, head)
+    prompts = torch.tensor([[1, 2], [3, 4]], device=device)
+    made = fastlm.generate(decoder, prompts, 6, stop=5, seed=1, save_for_backward=True)
+    again = fastlm.generation_logprobs(decoder, prompts, made.tokens)
+    live = made.tokens != -100
+    read = torch.cat([prompts, made.tokens.clamp(min=0)], 1)
+    scores = head(body(read[:, :-1])[0])[:, 1:].log_softmax(-1)
+    want = scores.gather(-1, made.tokens.clamp(min=0)[..., None])[..., 0] * live
+    parameters = [*body.parameters(), *head.parameters()]
+    theirs = torch.autograd.grad(want.sum(), parameters)
+    for logprobs in (made.logprobs, again):
+        torch.testing.assert_close(logprobs, want)
+        for a, b in zip(torch.autograd.grad(logprobs.sum(), parameters), theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.gpu
 @no_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -225,8 +245,9 @@ def test_forced_gpu_backends_agree_too(name: str, dtype: torch.dtype) -> None:
 
 def test_every_op_with_a_torch_op_is_listed_here() -> None:
     """A new op must come with a line above."""
-    # sample is tested above; gru_step, which has no gradient, through the decoder
-    hidden = {"sample", "sampling", "gru_step"}
+    # tested above by tests of their own; steps of decoding, which have no gradient, by the decoder
+    own = {"sample", "sampling", "generation", "generation_logprobs"}
+    hidden = {*own, "gru_step", "generation_step"}
     covered = {*OPS, *hidden}
     for name in dispatch._OPS:
         beneath = name.startswith("library_test") or name.endswith("row_statistics")

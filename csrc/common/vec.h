@@ -64,6 +64,40 @@ FASTLM_INLINE void store(BFloat16* p, Vec x) {
   *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(bits, VecHalf);
 }
 
+// blocks of `size` lanes taken in turn: the even ones of a and of b, or the odd ones
+#if defined(__AVX512F__)
+#define FASTLM_LANES(m)                                                                          \
+  m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7), m(8), m(9), m(10), m(11), m(12), m(13), m(14), \
+      m(15)
+#elif defined(__AVX2__)
+#define FASTLM_LANES(m) m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7)
+#else
+#define FASTLM_LANES(m) m(0), m(1), m(2), m(3)
+#endif
+template <int Size>
+FASTLM_INLINE void exchange_blocks(Vec& a, Vec& b) {
+#define FASTLM_EVEN(lane) ((lane) & Size ? (lane) - Size + kLanes : (lane))
+#define FASTLM_ODD(lane) ((lane) & Size ? (lane) + kLanes : (lane) + Size)
+  Vec even = __builtin_shufflevector(a, b, FASTLM_LANES(FASTLM_EVEN));
+  b = __builtin_shufflevector(a, b, FASTLM_LANES(FASTLM_ODD));
+  a = even;
+#undef FASTLM_EVEN
+#undef FASTLM_ODD
+}
+template <int Size>
+FASTLM_INLINE void exchange_all(Vec (&block)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Size)) exchange_blocks<Size>(block[i], block[i + Size]);
+}
+// block[i][j] <-> block[j][i]
+FASTLM_INLINE void transpose(Vec (&block)[kLanes]) {
+  exchange_all<1>(block);
+  exchange_all<2>(block);
+  if constexpr (kLanes > 4) exchange_all<4>(block);
+  if constexpr (kLanes > 8) exchange_all<8>(block);
+}
+
 // the first n < kLanes elements; the others read as `fill`
 template <typename T>
 FASTLM_INLINE Vec load_first(const T* p, int n, float fill) {

@@ -6,14 +6,12 @@
 // into, so the result depends neither on the number of threads nor on the batch around a row.
 #include "common/vec.h"
 #include "embedding_gru/embedding_gru.h"
+#include "embedding_gru/embedding_gru_step.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kGates = 3;
-// 24 accumulators of 32 registers with AVX-512, 12 of 16 elsewhere
-constexpr int kRows = kLanes == 16 ? 8 : 4;
 // columns of the backward product: as many accumulators again
 constexpr int kVectors = 3;
 // db_ih and db_hh
@@ -21,69 +19,10 @@ constexpr int kBiasSums = 2 * kGates;
 // tokens added up in plain float32 before they join the compensated sum over all tokens
 constexpr int64_t kBiasTokens = 32;
 
-FASTLM_INLINE int64_t vectors(int64_t hidden) { return (hidden + kLanes - 1) / kLanes; }
-
-struct Range {
-  int64_t begin, end;
-};
-FASTLM_INLINE Range share(int64_t count, int rank, int members) {
-  return {count * rank / members, count * (rank + 1) / members};
-}
-
-FASTLM_INLINE Vec load_columns(const float* p, int64_t column, int64_t hidden) {
-  return column + kLanes <= hidden ? load(p + column)
-                                   : load_first(p + column, int(hidden - column), 0.f);
-}
-FASTLM_INLINE void store_columns(float* p, int64_t column, int64_t hidden, Vec x) {
-  if (column + kLanes <= hidden) {
-    store(p + column, x);
-  } else {
-    store_first(p + column, x, int(hidden - column));
-  }
-}
-
-// sum[i][v] += sum over k of a[i][k] * panel[k][v]; panel [depth][Width vectors]
-template <int Rows, int Width>
-FASTLM_INLINE void multiply(const float* a, int64_t stride, const float* panel, int64_t depth,
-                            Vec (&sum)[Rows][Width]) {
-  for (int64_t k = 0; k < depth; ++k, panel += Width * kLanes) {
-    Vec b[Width];
-#pragma GCC unroll 8
-    for (int v = 0; v < Width; ++v) b[v] = load(panel + v * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      Vec x = broadcast(a[i * stride + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Width; ++v) sum[i][v] += x * b[v];
-    }
-  }
-}
-
 // w [3H, H] -> per vector of columns: 3 bias vectors, then [k][gate][lane]; columns past H are 0
 void pack_forward(const float* w, const float* bias, int64_t hidden, Range own, float* packed) {
   for (int64_t v = own.begin; v < own.end; ++v) {
-    float* panel = packed + v * kGates * kLanes * (hidden + 1);
-    for (int g = 0; g < kGates; ++g) {
-      const float* b = bias ? bias + g * hidden : nullptr;
-      store(panel + g * kLanes, b ? load_columns(b, v * kLanes, hidden) : Vec{});
-    }
-    panel += kGates * kLanes;
-    for (int64_t k0 = 0; k0 < hidden; k0 += kLanes) {
-      int64_t depth = hidden - k0 < kLanes ? hidden - k0 : kLanes;
-      for (int g = 0; g < kGates; ++g) {
-        float block[kLanes][kLanes];
-        for (int j = 0; j < kLanes; ++j) {
-          int64_t column = v * kLanes + j;
-          Vec row = column < hidden ? load_columns(w + (g * hidden + column) * hidden, k0, hidden)
-                                    : Vec{};
-          store(block[j], row);
-        }
-        for (int64_t k = 0; k < depth; ++k) {
-          float* to = panel + ((k0 + k) * kGates + g) * kLanes;
-          for (int j = 0; j < kLanes; ++j) to[j] = block[j][k];
-        }
-      }
-    }
+    pack_panel(w, bias, hidden, gate_columns(hidden, v), packed + v * panel_size(hidden));
   }
 }
 
@@ -93,9 +32,7 @@ struct ForwardBuffers {
   int64_t state_stride;
 };
 
-FASTLM_INLINE int64_t packed_size(int64_t hidden) {
-  return vectors(hidden) * kGates * kLanes * (hidden + 1);
-}
+FASTLM_INLINE int64_t packed_size(int64_t hidden) { return vectors(hidden) * panel_size(hidden); }
 
 FASTLM_INLINE ForwardBuffers forward_buffers(const GruForward& a) {
   const GruShape& s = a.shape;
@@ -117,32 +54,20 @@ void forward_tile(const GruForward& a, const ForwardBuffers& buffers, int64_t st
   const int64_t stride = buffers.state_stride;
   const float* h = buffers.state[step & 1] + row * stride;
   float* next = buffers.state[(step + 1) & 1] + row * stride;
-  const float* panel = buffers.packed + vector * kGates * kLanes * (hidden + 1);
 
   Vec sum[Rows][kGates];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
-    for (int g = 0; g < kGates; ++g) sum[i][g] = load(panel + g * kLanes);
-  }
-  multiply<Rows, kGates>(h, stride, panel + kGates * kLanes, hidden, sum);
+  multiply_panel<Rows>(h, stride, buffers.packed + vector * panel_size(hidden), hidden, sum);
 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
     const int64_t n = (row + i) * s.batch_stride + t * s.step_stride;
     const float* x = a.table + (a.index ? a.index[n] : n) * kGates * hidden;
-    Vec r = sigmoid(load_columns(x, column, hidden) + sum[i][0]);
-    Vec z = sigmoid(load_columns(x + hidden, column, hidden) + sum[i][1]);
-    Vec c = tanh(load_columns(x + 2 * hidden, column, hidden) + r * sum[i][2]);
-    Vec out = c + z * (load(h + i * stride + column) - c);
+    const Vec from_input[kGates] = {load_columns(x, column, hidden),
+                                    load_columns(x + hidden, column, hidden),
+                                    load_columns(x + 2 * hidden, column, hidden)};
+    Vec out = gru_cell(from_input, sum[i], load(h + i * stride + column), column, hidden,
+                       a.gates ? a.gates + n * 4 * hidden : nullptr);
     store_columns(a.out + n * hidden, column, hidden, out);
-    if (a.gates) {
-      float* gates = a.gates + n * 4 * hidden;
-      store_columns(gates, column, hidden, r);
-      store_columns(gates + hidden, column, hidden, z);
-      store_columns(gates + 2 * hidden, column, hidden, c);
-      store_columns(gates + 3 * hidden, column, hidden, sum[i][2]);
-    }
     if (step + 1 == s.steps) {
       store_columns(a.h_n + (row + i) * hidden, column, hidden, out);
     } else {

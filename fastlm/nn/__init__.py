@@ -1,6 +1,7 @@
 """Modules with the constructors and state_dict of their torch.nn namesakes."""
 
-from .gru import GRU, EmbeddingGRU, GRUDecoder
+from .decoder import GRUDecoder
+from .gru import GRU, EmbeddingGRU
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, LinearTokenLogprobs
 
 __all__ = [

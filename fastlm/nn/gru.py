@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
-from ..ops.embedding_gru import op as gru_op
 from ..ops.embedding_gru.public import TokenPlan, embedding_gru, gru
+from .decoder import GRUDecoder
 
 
 class GRU(nn.RNNBase):
@@ -208,42 +208,3 @@ class EmbeddingGRU(nn.Module):
     def decoder(self) -> GRUDecoder:
         """A stepper for generation, from the weights as they are now."""
         return GRUDecoder(self)
-
-
-class GRUDecoder:
-    """One token at a time: the whole vocabulary projected once, weights packed once.
-
-    It holds V x 3H extra values and does not follow later changes of the weights.
-    """
-
-    def __init__(self, model: EmbeddingGRU) -> None:
-        cells = model.gru
-        per_cell = 4 if cells.bias else 2
-        weights = [w.detach() for w in cells.weights()]
-        self._cells = [weights[i : i + per_cell] for i in range(0, len(weights), per_cell)]
-        self._hidden = cells.hidden_size
-        embedding = model.embedding.weight.detach()
-        first = self._cells[0]
-        self._table = nn.functional.linear(embedding, first[0], *first[2:3])
-        self._packed = [gru_op.pack(cell[1], cell[3] if len(cell) > 2 else None)
-                        for cell in self._cells]  # fmt: skip
-
-    def start(self, batch: int) -> Tensor:
-        """The zero state [num_layers, batch, H]."""
-        return self._table.new_zeros(len(self._cells), batch, self._hidden)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """tokens [B], h [num_layers, B, H] or None -> output [B, H] of the last layer, next h."""
-        if h is None:
-            h = self.start(tokens.shape[0])
-        checks.index_range("nn.GRUDecoder", "tokens", tokens, self._table.shape[0], None)
-        states: list[Tensor] = []
-        index: Tensor | None
-        table, index = self._table, tokens.long().contiguous()
-        for number, cell in enumerate(self._cells):
-            bias = cell[3] if len(cell) > 2 else None
-            if number:
-                table, index = nn.functional.linear(states[-1], cell[0], *cell[2:3]), None
-            states.append(gru_op.step(table, index, cell[1], bias, self._packed[number], h[number]))
-        return states[-1], torch.stack(states)

@@ -69,14 +69,14 @@ def _chunk(layer: Layer, max_bytes: int, buffers: int) -> int:
     if device.type != "cpu":
         return own_choice
     # the share of the rows that `chunk_rows` takes is meant for little more than one buffer
-    least = 64 if matmul.own_is_faster else _LEAST_ROWS.get(buffers, 64)
+    least = 64 if matmul.own_is_faster() else _LEAST_ROWS.get(buffers, 64)
     most = max(least, 2 * own_choice // buffers)
     return chunk_rows(rows, classes, itemsize, most * classes * itemsize, device)
 
 
 def chunk_of(layer: Layer, rows: int) -> Chunk:
     """What the products take at a time."""
-    if layer.input.device.type != "cpu" or matmul.own_is_faster:
+    if layer.input.device.type != "cpu" or matmul.own_is_faster():
         return Chunk(rows)
     row_bytes = max(1, layer.input.shape[1]) * result_dtype(layer.input).itemsize
     return Chunk(rows, classes=max(64, _SLICE_BYTES // row_bytes))
