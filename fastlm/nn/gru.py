@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
 from ..ops.embedding_gru import op as gru_op
-from ..ops.embedding_gru.public import TokenPlan, embedding_gru, gru
+from ..ops.embedding_gru.public import TokenPlan, embedding_gru
+from ..ops.embedding_gru.stack import gru
 
 
 class GRU(nn.RNNBase):

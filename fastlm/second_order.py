@@ -1,0 +1,116 @@
+"""Derivatives of any order for an op whose kernels know the first one.
+
+The first derivative is the kernels', also under `create_graph=True`. The derivative of that one is
+taken through `plain`: the same function in PyTorch operations, evaluated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Plain = Callable[..., tuple[Tensor, ...]]
+
+
+def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views that no other input was computed from: a derivative ends at each of them."""
+    return [t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+class _Gradient(torch.autograd.Function):
+    """upstream, inputs -> gradients of the inputs in `needs`, by `fast`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        fast: Any, plain: Plain, needs: Sequence[int], split: tuple[int, int], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        return fast(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.plain, ctx.needs, (ctx.upstream, ctx.given), *tensors = inputs
+        ctx.save_for_backward(*tensors[: ctx.given])
+
+    @staticmethod
+    def backward(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
+        further = torch.is_grad_enabled()
+        with torch.enable_grad():
+            given = _aliases(ctx.saved_tensors)
+            upstream, inputs = given[: ctx.upstream], given[ctx.upstream :]
+            outputs = ctx.plain(*inputs)
+            first = torch.autograd.grad(
+                outputs, [inputs[i] for i in ctx.needs], upstream, create_graph=True,
+                materialize_grads=True,
+            )  # fmt: skip
+        # what only the kernels take is a function of the inputs: it has no gradient of its own
+        own = ctx.needs_input_grad[4:]
+        wanted = [i for i in range(ctx.given) if own[i]]
+        live = [(a, b) for a, b in zip(first, second, strict=True) if a.requires_grad]
+        grads: list[Tensor | None] = [None] * len(own)
+        if live:
+            found = torch.autograd.grad(
+                [a for a, _ in live], [given[i] for i in wanted], [b for _, b in live],
+                create_graph=further, allow_unused=True,
+            )  # fmt: skip
+            for i, grad in zip(wanted, found, strict=True):
+                grads[i] = grad
+        return (None, None, None, None, *grads)
+
+
+def gradients(
+    fast: Callable[..., Sequence[Tensor | None]],
+    plain: Plain,
+    upstream: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The backward of an autograd.Function, itself differentiable where that is asked for.
+
+    Args:
+        fast: upstream, inputs, saved -> the gradient of each input, None where not needed.
+        plain: inputs -> outputs, in PyTorch operations.
+        upstream: the gradient of each output.
+        inputs, saved: the tensors that the forward took, and what it saved beside them.
+        needs: which of them have a gradient.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        with torch.no_grad():
+            return list(fast(*upstream, *inputs, *saved))
+    wanted = [i for i, need in enumerate(needs) if need]
+
+    def kernels(*tensors: Any) -> tuple[Tensor, ...]:
+        found = fast(*tensors)
+        return tuple(g for g in (found[i] for i in wanted) if g is not None)
+
+    split = (len(upstream), len(upstream) + len(inputs))
+    marked = _Gradient.apply(kernels, plain, wanted, split, *upstream, *inputs, *saved)
+    grads: list[Tensor | None] = [None] * len(needs)
+    for i, grad in zip(wanted, marked, strict=True):
+        grads[i] = grad
+    return grads
+
+
+def tangents(
+    plain: Plain, inputs: Sequence[Tensor | None], given: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Forward mode: the tangent of each output, as the derivative of the backward pass."""
+    with torch.enable_grad():
+        leaves = [
+            t.detach().requires_grad_() if t is not None and g is not None else t
+            for t, g in zip(inputs, given, strict=True)
+        ]
+        outputs = plain(*leaves)
+        dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+        moved = [leaf for leaf, g in zip(leaves, given, strict=True) if g is not None]
+        grads = torch.autograd.grad(
+            outputs, moved, dummies, create_graph=True, materialize_grads=True
+        )
+    return torch.autograd.grad(
+        grads, dummies, [g for g in given if g is not None], materialize_grads=True
+    )
