@@ -288,9 +288,7 @@ def test_second_backward_and_frozen_parts() -> None:
     out, _ = ours(tokens, weight, h0, *w)
     (grad,) = torch.autograd.grad(out.sum(), weight, create_graph=True)
     embedded = torch.nn.functional.embedding(tokens, weight)
-    (plain,) = torch.autograd.grad(
-        plain_gru(embedded, h0, *w)[0].sum(), weight, create_graph=True
-    )
+    (plain,) = torch.autograd.grad(plain_gru(embedded, h0, *w)[0].sum(), weight, create_graph=True)
     got, want = (torch.autograd.grad(g.square().sum(), weight)[0] for g in (grad, plain))
     torch.testing.assert_close(got, want)
 
