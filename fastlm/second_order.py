@@ -99,18 +99,17 @@ def gradients(
 def tangents(
     plain: Plain, inputs: Sequence[Tensor | None], given: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Forward mode: the tangent of each output, as the derivative of the backward pass."""
-    with torch.enable_grad():
-        leaves = [
-            t.detach().requires_grad_() if t is not None and g is not None else t
-            for t, g in zip(inputs, given, strict=True)
-        ]
-        outputs = plain(*leaves)
-        dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs]
-        moved = [leaf for leaf, g in zip(leaves, given, strict=True) if g is not None]
-        grads = torch.autograd.grad(
-            outputs, moved, dummies, create_graph=True, materialize_grads=True
-        )
-    return torch.autograd.grad(
-        grads, dummies, [g for g in given if g is not None], materialize_grads=True
-    )
+    """Forward mode: the tangent of each output. The backward pass is linear in the upstream
+    gradient, and its own backward pass is the forward mode."""
+    moved = [i for i, tangent in enumerate(given) if tangent is not None]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for i, value in zip(moved, values, strict=True):
+            full[i] = value
+        return tuple(plain(*full))
+
+    primals = [x.detach() for x in (inputs[i] for i in moved) if x is not None]
+    outputs, pull = torch.func.vjp(function, *primals)
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+    return push(tuple(given[i] for i in moved))[0]
