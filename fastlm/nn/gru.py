@@ -15,9 +15,13 @@ from ..ops.embedding_gru.public import TokenPlan, embedding_gru
 from ..ops.embedding_gru.stack import gru
 
 
+def autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(device: str, weight: Tensor) -> torch.dtype | None:
     """What autocast asks this module to compute in; float64 it leaves alone, as everywhere."""
-    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+    if weight.dtype == torch.float64 or not autocast_on(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -131,7 +135,7 @@ class GRU(nn.RNNBase):
             raise RuntimeError(
                 f"For {kind} input, hx should also be {states}-D but got {hx.dim()}-D tensor"
             )
-        cast = torch.is_autocast_enabled(data.device.type)
+        cast = autocast_on(data.device.type)
         if data.dtype != weight.dtype and not cast:
             raise ValueError(
                 f"RNN input dtype ({data.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -172,7 +176,7 @@ class GRU(nn.RNNBase):
             expected = (layers, batch, self.hidden_size)
             got = [hx.shape[0], 1, *hx.shape[1:]] if hx.dim() == 2 else list(hx.shape)
             raise RuntimeError(f"Expected hidden size {expected}, got {got}")
-        if hx.dtype != weight.dtype and not torch.is_autocast_enabled(data.device.type):
+        if hx.dtype != weight.dtype and not autocast_on(data.device.type):
             raise RuntimeError(
                 f"hx must have the same dtype as the weights, {weight.dtype}, got {hx.dtype}"
             )
@@ -246,7 +250,7 @@ class EmbeddingGRU(nn.Module):
         cast = autocast_dtype(tokens.device.type, weights[0])
         if h0 is not None:
             checks.shape("nn.EmbeddingGRU", "h0", h0, (cells.num_layers, *h0.shape[1:]), "layers")
-            if torch.is_autocast_enabled(tokens.device.type):
+            if autocast_on(tokens.device.type):
                 h0 = h0.to(weights[0].dtype)
         if cast == torch.bfloat16 and precision == "auto":
             precision = "bf16"
