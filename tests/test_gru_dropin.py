@@ -363,6 +363,32 @@ def test_runs_in_a_forked_process() -> None:
     assert result().shape == module.weight_hh_l0.shape
 
 
+def test_short_sequences_go_to_torch() -> None:
+    """Where PyTorch's own kernel is faster it runs, and `explain` says so; forcing is obeyed."""
+    w = [p.detach() for p in nn.GRU(4, 6).parameters()]
+
+    def chosen(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> str | None:
+        x = torch.randn(steps, 2, 4).to(dtype)
+        return fastlm.explain("gru", x, None, [p.to(dtype) for p in w], **options)[0].chosen
+
+    cpu = fastlm.dispatch.ready("gru")[0]
+    if cpu == "cpu":
+        assert chosen(7) == "torch" and chosen(8) == "cpu"
+        assert chosen(7, save="hidden") == "cpu" and chosen(1, torch.bfloat16) == "cpu"
+    assert chosen(20, torch.float64) == "torch"
+    assert chosen(7, reset=torch.zeros(7, 2)) == cpu
+    with fastlm.use_backend("reference"):
+        assert chosen(7) == "reference"
+    with fastlm.use_backend("torch"):
+        assert fastlm.gru(torch.randn(20, 2, 4), None, w)[0].shape == (20, 2, 6)
+        with pytest.raises(RuntimeError, match="no backend takes this forward call"):
+            fastlm.gru(torch.randn(7, 2, 4), None, w, reset=torch.zeros(7, 2))
+    packed = rnn.pack_sequence([torch.randn(5, 4), torch.randn(2, 4)])
+    assert fastlm.explain("gru", packed, None, w)[0].chosen == "torch"
+    big = [p.detach() for p in nn.GRU(4, 512).parameters()]
+    assert fastlm.explain("gru", packed, None, big)[0].chosen == cpu
+
+
 def test_sizes_beyond_2_31() -> None:
     """Shapes of a call whose gates have more than 2^31 values, and positions beyond it."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -120,7 +120,8 @@ def test_save_hidden(backend: str, dtype: torch.dtype) -> None:
             counted.append(0 if t.data_ptr() in own else t.numel() * t.element_size())
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with hooks, dispatch.use_backend(backend):
             fastlm.gru(leaves[0], leaves[1], leaves[2:], save=save)
         kept[save] = sum(counted)
     size = args[0].element_size()

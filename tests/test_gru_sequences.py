@@ -85,11 +85,13 @@ def test_packed_equals_each_sequence_alone() -> None:
     """Bitwise, at sizes where the library's products take other kernels for few rows."""
     mine = fastlm.nn.GRU(33, 40, num_layers=2)
     pieces = [torch.randn(n, 33) for n in (1, 2, 3, 5, 13, 70)]
-    out, h_n = mine(rnn.pack_sequence(pieces, enforce_sorted=False))
-    for row, (piece, got) in enumerate(zip(pieces, rnn.unpack_sequence(out), strict=True)):
-        alone, last = mine(piece)
-        assert torch.equal(got, alone)
-        assert torch.equal(h_n[:, row], last)
+    # without it torch's kernel would take the shortest ones
+    with dispatch.use_backend(BACKENDS[0]):
+        out, h_n = mine(rnn.pack_sequence(pieces, enforce_sorted=False))
+        for row, (piece, got) in enumerate(zip(pieces, rnn.unpack_sequence(out), strict=True)):
+            alone, last = mine(piece)
+            assert torch.equal(got, alone)
+            assert torch.equal(h_n[:, row], last)
 
 
 def alone(module: nn.Module, pieces: list[Tensor], hx: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -191,6 +193,35 @@ def test_lengths_are_a_packed_sequence(backend: str, options: dict, poisoned: No
     assert row.abs().sum() == 0 and torch.equal(h_n[:, 0], hx[:, 0])
 
 
+@pytest.mark.parametrize("options", STACKS)
+@pytest.mark.parametrize("split", (True, False))
+def test_padded_rows_on_a_gpu_are_the_same(options: dict, split: bool) -> None:
+    """Where lengths stand on a GPU whole rows are computed: the route, taken here by hand."""
+    from fastlm.ops.embedding_gru import arguments, sequences, stack
+
+    mine, _ = pair(6, 19, **options)
+    first = mine.batch_first
+    lengths, hx = torch.tensor([4, 7, 0, 1]), states(mine, 4)
+    x = torch.randn(4, 7, 6) if first else torch.randn(7, 4, 6)
+    starts = (torch.rand(x.shape[:2]) < 0.4).to(torch.uint8) if split else None
+    cells = arguments.cells_of("gru", mine.weights(), len(hx), mine.bias)
+    how = stack.Options(first, 0.0, False, "gates", "ieee", 0.0)
+
+    def run(layout: sequences.Layout, flat: bool) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), hx.clone().requires_grad_()]
+        given = leaves[0].reshape(-1, 6) if flat else leaves[0]
+        out, h_n = stack._stack(given, leaves[1], cells, mine.bidirectional, layout, how)
+        out = out.view(*x.shape[:2], -1)
+        loss = out.square().sum() + h_n.sum()
+        return [out, h_n, *torch.autograd.grad(loss, [*leaves, *mine.parameters()])]
+
+    where = sequences.padded("gru", lengths, x.shape[:2], first)
+    side_by_side = run(sequences.Layout(4, where, starts, None), True)
+    whole = run(sequences.Layout(4, None, starts, None, lengths), False)
+    for a, b in zip(whole, side_by_side, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("bidirectional", (False, True))
 def test_resets_inside_documents(bidirectional: bool) -> None:
     """A start in the middle splits a document; one before its first token leaves hx out."""
@@ -200,21 +231,18 @@ def test_resets_inside_documents(bidirectional: bool) -> None:
     starts[[3, 5]] = True
     got, h_n = module(x, hx, cu_seqlens=torch.tensor([0, 5, 12]).int(), reset=starts)
     zero = torch.zeros_like(hx)
-    forward = (
-        module(x[:3], hx[:, 0])[0],
-        module(x[3:5], zero[:, 0])[0],
-        module(x[5:], zero[:, 1])[0],
-    )
-    want = torch.cat(forward)[:, :21]
+
+    def outputs(*begin: Tensor) -> Tensor:
+        pieces = zip((x[:3], x[3:5], x[5:]), begin, strict=True)
+        # without it torch's kernel would take the shortest ones
+        with dispatch.use_backend(BACKENDS[0]):
+            return torch.cat([module(piece, state)[0] for piece, state in pieces])
+
+    want = outputs(hx[:, 0], zero[:, 0], zero[:, 1])[:, :21]
     assert torch.equal(got[:, :21], want)
     assert torch.equal(h_n[0], torch.stack((want[4], want[11])))
     if bidirectional:
-        backward = (
-            module(x[:3], zero[:, 0])[0],
-            module(x[3:5], hx[:, 0])[0],
-            module(x[5:], hx[:, 1])[0],
-        )
-        assert torch.equal(got[:, 21:], torch.cat(backward)[:, 21:])
+        assert torch.equal(got[:, 21:], outputs(zero[:, 0], hx[:, 0], hx[:, 1])[:, 21:])
 
 
 def test_one_long_row_on_a_gpu_is_the_same() -> None:

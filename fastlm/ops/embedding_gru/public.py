@@ -143,6 +143,9 @@ def embedding_gru(
         tensors = (tokens, weight, *cell, h0, layout.begin, unique, inverse)
         how = (dedupe, padding_idx, batch_first, False)
         output, h_n = apply(EMBEDDING, tensors, how, save, precision)
+        if layout.lengths is not None:
+            sequence = sequences.Padded(layout.lengths, batch_first)
+            h_n, output = sequence.last(output, h0), sequence.masked(output)
     else:
         rows, index = _rows(tokens.reshape(-1), weight, unique, inverse, dedupe, padding_idx)
         where, flat = layout.where, None if begin is None else begin.reshape(-1)

@@ -78,6 +78,7 @@ class Layout(NamedTuple):
     where: Where | None  # None: a dense batch
     begin: Tensor | None  # tokens that start from a zero state
     offsets: Tensor | None  # documents in one long row, whose states are read afterwards
+    lengths: Tensor | None = None  # padded rows on a GPU, computed whole and masked afterwards
 
 
 def layout(
@@ -85,8 +86,10 @@ def layout(
     lengths: Tensor | None, h0: Tensor | None, begin: Tensor | None,
 ) -> Layout:  # fmt: skip
     if lengths is not None:
-        return Layout(shape[0 if batch_first else 1], padded(op, lengths, shape, batch_first),
-                      begin, None)  # fmt: skip
+        where, batch = padded(op, lengths, shape, batch_first), shape[0 if batch_first else 1]
+        if lengths.device.type == "cpu":
+            return Layout(batch, where, begin, None)
+        return Layout(batch, None, begin, None, where.lengths)
     if cu_seqlens is None:
         return Layout(shape[0 if batch_first else 1], None, begin, None)
     check_offsets(op, cu_seqlens, shape[1])
@@ -138,6 +141,46 @@ def reverse_starts(begin: Tensor | None, batch_first: bool, where: Where | None)
         flat[where.last(begin.numel())] = 0
         shifted = flat[:-1].view(begin.shape)
     return shifted
+
+
+class Padded(NamedTuple):
+    """Sequences of the first `lengths` steps of each row, for kernels that take whole rows. No
+    length is read on the host."""
+
+    lengths: Tensor
+    batch_first: bool
+
+    def _steps(self, x: Tensor) -> Tensor:
+        """Step of each token, shaped to broadcast against `x` with its dimensions."""
+        dim = 1 if self.batch_first else 0
+        shape = [1] * x.dim()
+        shape[dim] = x.shape[dim]
+        return torch.arange(x.shape[dim], device=x.device).view(shape)
+
+    def _lengths(self, x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[0 if self.batch_first else 1] = -1
+        return self.lengths.view(shape)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Every sequence from its last token to its first; twice gives `x` again."""
+        step, length = self._steps(x), self._lengths(x)
+        other = torch.where(step < length, length - 1 - step, step)
+        return x.gather(1 if self.batch_first else 0, other.expand(x.shape))
+
+    def masked(self, output: Tensor) -> Tensor:
+        none = torch.zeros((), dtype=output.dtype, device=output.device)
+        return torch.where(self._steps(output) < self._lengths(output), output, none)
+
+    def last(self, output: Tensor, h0: Tensor | None) -> Tensor:
+        """[B, H]: the state after the last step of each; the initial one where there is none."""
+        begin = 0.0 if h0 is None else h0
+        if output.numel() == 0:
+            return output.new_zeros(self.lengths.shape[0], output.shape[2]) + begin
+        rows = output if self.batch_first else output.transpose(0, 1)
+        at = (self.lengths - 1).clamp(min=0)
+        state = rows[torch.arange(rows.shape[0], device=rows.device), at]
+        return torch.where(self.lengths[:, None] > 0, state, begin)
 
 
 def one_row(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ... import checks, philox
+from ... import checks, dispatch, philox
 from . import differentiable, sequences
 from .arguments import Cell, cells_of, check_options, check_state, check_weights, is_single
 from .autograd import DENSE, RAGGED, apply
@@ -70,6 +70,27 @@ def _layer(
     return apply(DENSE, (input, *cell, h0, begin), how, options.save, options.precision)
 
 
+def _padded_layer(
+    input: Tensor, cell: Cell, h0: Tensor | None, begin: Tensor | None,
+    rows: sequences.Padded, reverse: bool, options: Options, seed: Tensor | None, number: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Whole rows, masked; the reverse direction is the forward one on turned sequences."""
+    if reverse:
+        input = rows.turned(input)
+        if begin is not None:
+            moved = sequences.reverse_starts(begin, options.batch_first, None)
+            assert moved is not None
+            begin = rows.turned(moved)
+            # the first step of a turned row was marked by a start behind the last token
+            dim = 1 if options.batch_first else 0
+            first = torch.zeros_like(begin.narrow(dim, 0, 1))
+            begin = torch.cat((first, begin.narrow(dim, 1, begin.shape[dim] - 1)), dim)
+    output, _ = _layer(input, cell, h0, begin, None, False, options, seed, number)
+    h_n = rows.last(output, h0)
+    output = rows.masked(output)
+    return (rows.turned(output) if reverse else output), h_n
+
+
 def _dropped(input: Tensor, options: Options, time_first: bool) -> Tensor:
     """Dropout between layers, with the random numbers that torch.nn.GRU draws."""
     if time_first:
@@ -85,7 +106,7 @@ def _stack(
     layout: Layout, options: Options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All layers."""
-    _, where, begin, offsets = layout
+    _, where, begin, offsets, lengths = layout
     directions = [(False, begin)]
     if bidirectional:
         other = sequences.reverse_starts(begin, options.batch_first, where)
@@ -101,7 +122,15 @@ def _stack(
             count = len(states)
             cell, state = cells[count], None if hx is None else hx[count]
             check_weights("gru", input.shape[-1], *cell)
-            output, h_n = _layer(input, cell, state, start, where, reverse, options, seed, count)
+            if lengths is not None:
+                rows = sequences.Padded(lengths, options.batch_first)
+                output, h_n = _padded_layer(
+                    input, cell, state, begin, rows, reverse, options, seed, count
+                )
+            else:
+                output, h_n = _layer(
+                    input, cell, state, start, where, reverse, options, seed, count
+                )
             if offsets is not None:
                 h_n = sequences.final_states(output[0], offsets, reverse)
             outputs.append(output)
@@ -110,6 +139,84 @@ def _stack(
         if options.dropout and options.training and number + 1 < layers:
             input = _dropped(input, options, where is not None or not options.batch_first)
     return input, torch.stack(states)
+
+
+def torch_is_faster(input: Tensor, cell: Cell, steps: int) -> str | None:
+    """Why PyTorch's own GRU takes a dense call, or None: it has no kernel to set up, and no gain
+    over many steps. LOG: "gru: short sequences"."""
+    if torch.compiler.is_compiling():
+        return None
+    w_hh, device = cell[1], input.device.type
+    named = {"input": input, "w_ih": cell[0], "w_hh": w_hh}
+    if dispatch.preferred("gru", "forward", named) == "reference":
+        # in 16 bits the loop of the CPU is slower, and carries its state in 16 bits
+        slow = device == "cpu" and w_hh.dtype not in (torch.float32, torch.float64)
+        return None if slow else "no kernel takes this call"
+    least = 4 if torch.is_grad_enabled() else 8
+    if device == "cpu" and w_hh.dtype == torch.float32 and steps < least:
+        return f"fewer than {least} steps"
+    return None
+
+
+def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: Options) -> bool:
+    plain = layout.where is None and layout.begin is None and layout.lengths is None
+    plain = plain and not options.zoneout
+    plain = plain and options.precision == "ieee" and options.save == "gates"
+    if not plain or input.shape[0] == 0 or input.shape[1] == 0:
+        return False
+    forced = dispatch.forced()
+    why = None
+    if forced is None:
+        why = torch_is_faster(input, cells[0], input.shape[1 if options.batch_first else 0])
+        if why is not None:
+            dispatch.note("gru", "torch", {"cpu": why})
+    return why is not None or forced == "torch"
+
+
+def _by_torch(
+    input: Tensor, hx: Tensor | None, cells: Sequence[Cell], bidirectional: bool, options: Options
+) -> tuple[Tensor, Tensor]:
+    bias = cells[0][2] is not None
+    directions = 2 if bidirectional else 1
+    for number, cell in enumerate(cells):
+        features = cells[0][1].shape[1] * directions
+        check_weights("gru", features if number >= directions else input.shape[-1], *cell)
+    if hx is None:
+        batch = input.shape[0 if options.batch_first else 1]
+        hx = input.new_zeros(len(cells), batch, cells[0][1].shape[1])
+    flat = [w for cell in cells for w in cell if w is not None]
+    return torch.gru(
+        input, hx, flat, bias, len(cells) // directions, options.dropout, options.training,
+        bidirectional, options.batch_first,
+    )  # fmt: skip
+
+
+def torch_packs_faster(data: Tensor, cell: Cell) -> str | None:
+    """As `torch_is_faster`, for a PackedSequence. LOG: "gru: a PackedSequence"."""
+    if torch.compiler.is_compiling():
+        return None
+    if data.device.type != "cpu":
+        return "no kernel there takes sequences of different lengths"
+    if cell[1].dtype == torch.float64:
+        return "dtype float64"
+    products = data.shape[0] * cell[1].numel()
+    if cell[1].dtype == torch.float32 and products < 2e6 and not torch.is_grad_enabled():
+        return "fewer than 2 million products, and no gradient"
+    return None
+
+
+def _packed_by_torch(
+    data: Tensor, batch_sizes: Tensor, hx: Tensor | None, cells: Sequence[Cell],
+    bidirectional: bool, options: Options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if hx is None:
+        hx = data.new_zeros(len(cells), int(batch_sizes[0]), cells[0][1].shape[1])
+    flat = [w for cell in cells for w in cell if w is not None]
+    layers = len(cells) // (2 if bidirectional else 1)
+    return torch.gru(
+        data, batch_sizes, hx, flat, cells[0][2] is not None, layers, options.dropout,
+        options.training, bidirectional,
+    )  # fmt: skip
 
 
 def _packed(
@@ -121,7 +228,14 @@ def _packed(
     if hx is not None and order is not None:
         hx = hx.index_select(1, order)
     layout = Layout(count, sequences.packed(batch_sizes, count), None, None)
-    output, h_n = _stack(data, hx, cells, bidirectional, layout, options)
+    why = None
+    if dispatch.forced() is None and not options.zoneout and options.precision == "ieee":
+        why = torch_packs_faster(data, cells[0])
+    if why is not None:
+        dispatch.note("gru", "torch", {"cpu": why})
+        output, h_n = _packed_by_torch(data, batch_sizes, hx, cells, bidirectional, options)
+    else:
+        output, h_n = _stack(data, hx, cells, bidirectional, layout, options)
     if inverse is not None:
         h_n = h_n.index_select(1, inverse)
     return PackedSequence(output, batch_sizes, order, inverse), h_n
@@ -205,8 +319,11 @@ def gru(
     begin = sequences.starts(op, leading, batch_first, reset, segment_ids)
     layout = sequences.layout(op, leading, batch_first, cu_seqlens, lengths, hx, begin)
     check_state(op, "hx", hx, (len(cells), layout.batch, hidden), input)
-    rows = input if layout.where is None else input.reshape(-1, input.shape[-1])
-    output, h_n = _stack(rows, hx, cells, bidirectional, layout, options)
+    if _torch_takes(input, cells, layout, options):
+        output, h_n = _by_torch(input, hx, cells, bidirectional, options)
+    else:
+        rows = input if layout.where is None else input.reshape(-1, input.shape[-1])
+        output, h_n = _stack(rows, hx, cells, bidirectional, layout, options)
     if layout.where is not None:
         output = output.view(*leading, output.shape[-1])
     if single:
