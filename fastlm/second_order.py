@@ -43,18 +43,20 @@ class _Gradient(torch.autograd.Function):
             given = _aliases(ctx.saved_tensors)
             upstream, inputs = given[: ctx.upstream], given[ctx.upstream :]
             outputs = ctx.plain(*inputs)
+            needed = [x for x in (inputs[i] for i in ctx.needs) if x is not None]
             first = torch.autograd.grad(
-                outputs, [inputs[i] for i in ctx.needs], upstream, create_graph=True,
+                outputs, needed, upstream, create_graph=True,
                 materialize_grads=True,
             )  # fmt: skip
         # what only the kernels take is a function of the inputs: it has no gradient of its own
         own = ctx.needs_input_grad[4:]
         wanted = [i for i in range(ctx.given) if own[i]]
+        sources = [x for x in (given[i] for i in wanted) if x is not None]
         live = [(a, b) for a, b in zip(first, second, strict=True) if a.requires_grad]
         grads: list[Tensor | None] = [None] * len(own)
         if live:
             found = torch.autograd.grad(
-                [a for a, _ in live], [given[i] for i in wanted], [b for _, b in live],
+                [a for a, _ in live], sources, [b for _, b in live],
                 create_graph=further, allow_unused=True,
             )  # fmt: skip
             for i, grad in zip(wanted, found, strict=True):
@@ -110,6 +112,6 @@ def tangents(
         return tuple(plain(*full))
 
     primals = [x.detach() for x in (inputs[i] for i in moved) if x is not None]
-    outputs, pull = torch.func.vjp(function, *primals)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+    outputs, pull = torch.func.vjp(function, *primals)[:2]
+    push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
     return push(tuple(given[i] for i in moved))[0]

@@ -93,15 +93,15 @@ class GRU(nn.RNNBase):
         lengths: Tensor | None = None,
     ) -> Any:
         weights = self.weights()
-        packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
-        self._check(data, hx, input.batch_sizes if packed else None, cu_seqlens, weights[0])
+        data = input.data if isinstance(input, PackedSequence) else input
+        batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+        self._check(data, hx, batch_sizes, cu_seqlens, weights[0])
         cast = autocast_dtype(data.device.type, weights[0])
         if cast is not None:
             weights = [w.to(cast) for w in weights]
             hx = None if hx is None else hx.to(cast)
             data = data.to(cast)
-            input = PackedSequence(data, *input[1:]) if packed else data
+            input = PackedSequence(data, *input[1:]) if isinstance(input, PackedSequence) else data
         return gru(
             input,
             hx,
@@ -281,7 +281,7 @@ class EmbeddingGRU(nn.Module):
         if cells.num_layers > 1:
             if cells.dropout and self.training:
                 output = nn.functional.dropout(output, cells.dropout)
-            output, h_rest = gru(
+            above, h_rest = gru(
                 output,
                 None if h0 is None else h0[1:],
                 weights[per_cell:],
@@ -291,7 +291,8 @@ class EmbeddingGRU(nn.Module):
                 training=self.training,
                 **common,
             )
-            h_n = torch.cat((h_n, h_rest))
+            assert isinstance(above, Tensor)  # as the input is
+            output, h_n = above, torch.cat((h_n, h_rest))
         return (output, h_n) if cast is None else (output.to(cast), h_n.to(cast))
 
     @torch.no_grad()

@@ -31,19 +31,24 @@ class _Layer(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, ...]]
     plain: Callable[..., tuple[Tensor, Tensor]]
-    tensors: int  # how many of the arguments are tensors or None
     input: int  # position of the input; w_ih, w_hh, b_ih, b_hh, h0 follow
 
 
 def _plain_embedding(*args: Any) -> tuple[Tensor, Tensor]:
     # unique and inverse, and how tokens are shared, change nothing but the time
-    dedupe, padding_idx, *how = args[10:]
-    return differentiable.embedding_gru(*args[:8], padding_idx, *how)
+    tensors, (_, padding_idx, batch_first, reverse, precision) = args[:8], args[10:]
+    return differentiable.embedding_gru(
+        *tensors,
+        padding_idx,
+        batch_first,
+        reverse,
+        precision,  # type: ignore[call-arg]
+    )
 
 
-EMBEDDING = _Layer(embedding_gru_forward, embedding_gru_backward, _plain_embedding, 10, 1)
-DENSE = _Layer(gru_forward, gru_backward, differentiable.gru, 7, 0)
-RAGGED = _Layer(ragged_gru_forward, ragged_gru_backward, differentiable.ragged_gru, 11, 0)
+EMBEDDING = _Layer(embedding_gru_forward, embedding_gru_backward, _plain_embedding, 1)
+DENSE = _Layer(gru_forward, gru_backward, differentiable.gru, 0)
+RAGGED = _Layer(ragged_gru_forward, ragged_gru_backward, differentiable.ragged_gru, 0)
 
 
 class _Apply(torch.autograd.Function):

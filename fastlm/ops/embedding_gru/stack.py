@@ -147,14 +147,14 @@ def torch_is_faster(input: Tensor, cell: Cell, steps: int) -> str | None:
     if torch.compiler.is_compiling():
         return None
     w_hh, device = cell[1], input.device.type
+    least = 4 if torch.is_grad_enabled() else 8
+    if device == "cpu" and w_hh.dtype == torch.float32 and steps < least:
+        return f"fewer than {least} steps"
     named = {"input": input, "w_ih": cell[0], "w_hh": w_hh}
     if dispatch.preferred("gru", "forward", named) == "reference":
         # in 16 bits the loop of the CPU is slower, and carries its state in 16 bits
         slow = device == "cpu" and w_hh.dtype not in (torch.float32, torch.float64)
         return None if slow else "no kernel takes this call"
-    least = 4 if torch.is_grad_enabled() else 8
-    if device == "cpu" and w_hh.dtype == torch.float32 and steps < least:
-        return f"fewer than {least} steps"
     return None
 
 
