@@ -148,7 +148,7 @@ def embedding_gru(
             h_n, output = sequence.last(output, h0), sequence.masked(output)
     else:
         rows, index = _rows(tokens.reshape(-1), weight, unique, inverse, dedupe, padding_idx)
-        where, flat = layout.where, None if begin is None else begin.reshape(-1)
+        where, flat = layout.where.to(weight.device), None if begin is None else begin.reshape(-1)
         placed = (index, where.first, where.lengths, where.offsets)
         output, h_n = apply(
             RAGGED, (rows, *cell, h0, flat, *placed), (where.stride, False), save, precision

@@ -18,6 +18,13 @@ class Where(NamedTuple):
     offsets: Tensor | None  # int64 [steps]
     stride: int
 
+    def to(self, device: torch.device) -> Where:
+        """A copy from the host waits for nothing; the other way would."""
+        first, lengths, offsets, stride = self
+        moved = offsets if offsets is None else offsets.to(device, non_blocking=True)
+        return Where(first.to(device, non_blocking=True), lengths.to(device, non_blocking=True),
+                     moved, stride)  # fmt: skip
+
     def last(self, tokens: int) -> Tensor:
         """[sequences]: the last token of each; `tokens`, one past all, for an empty sequence."""
         steps = self.lengths - 1

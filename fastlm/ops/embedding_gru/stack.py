@@ -46,7 +46,15 @@ def _zoned_out(
     keep = _kept(options, (*input.shape[:-1], cell[1].shape[1]), seed, number)
     if where is not None:
         return differentiable.ragged_gru(
-            input, *cell, h0, begin, None, *where, reverse, options.precision, keep
+            input,
+            *cell,
+            h0,
+            begin,
+            None,
+            *where.to(input.device),
+            reverse,
+            options.precision,
+            keep,
         )
     steps = keep.unbind(1 if options.batch_first else 0) if isinstance(keep, Tensor) else keep
     return differentiable.gru(
@@ -64,6 +72,7 @@ def _layer(
     if options.zoneout:
         return _zoned_out(input, cell, h0, begin, where, reverse, options, seed, number)
     if where is not None:
+        where = where.to(input.device)
         tensors = (input, *cell, h0, begin, None, where.first, where.lengths, where.offsets)
         return apply(RAGGED, tensors, (where.stride, reverse), options.save, options.precision)
     how = (options.batch_first, reverse)
