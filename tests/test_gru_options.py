@@ -76,6 +76,19 @@ def test_bf16_rounds_the_operands(backend: str, save: str, poisoned: None) -> No
     torch.testing.assert_close(got[0][0], want[0][0], rtol=2e-6, atol=2e-6)
 
 
+@every_backend
+def test_bf16_rounds_the_operands_of_the_backward(backend: str) -> None:
+    """Of one token, a weight's gradient is a product of two bfloat16 values, exact in float32."""
+    x, hx, w = torch.randn(1, 1, 12), torch.randn(1, 1, 21), weights(12, 21)
+    leaves = [t.requires_grad_() for t in w[:2]]
+    with dispatch.use_backend(backend):
+        out, _ = fastlm.gru(x, hx, w, precision="bf16")
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+    for grad, operand in zip(grads, (x, hx), strict=True):
+        factor = grad / operand.view(1, -1).bfloat16().float()
+        torch.testing.assert_close(factor, factor.bfloat16().float(), rtol=1e-6, atol=0)
+
+
 def test_bf16_backends_agree() -> None:
     x, w = torch.randn(40, 5, 16), weights(16, 48)
     pieces = rnn.pack_sequence([torch.randn(n, 16) for n in (9, 2, 5)], enforce_sorted=False)
