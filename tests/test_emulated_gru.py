@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastlm
 from fastlm import dispatch, testing
-from fastlm.ops.embedding_gru import cuda_kernels, op
+from fastlm.ops.embedding_gru import autograd, cuda_kernels
 
 if sys.platform != "linux" or shutil.which(emulated_gru.COMPILER.split()[0]) is None:
     reason = f"the emulated device needs Linux and {emulated_gru.COMPILER}"
@@ -303,9 +303,10 @@ def test_any_forward_with_any_backward(
 
 def test_no_state_no_bias(device: emulated_gru.Device, forced: None) -> None:
     x, (w_ih, w_hh, *_) = torch.randn(3, 4, 5), weights(5, 9)
-    got = op.GRULayer.apply(x, w_ih, w_hh, None, None, None, None, True, True, "gates")[0]
+    call = ((x, w_ih, w_hh, None, None, None, None), (True, True), "gates", "ieee")
+    got = autograd.apply(autograd.DENSE, *call)[0]
     with fastlm.use_backend("reference"):
-        want = op.GRULayer.apply(x, w_ih, w_hh, None, None, None, None, True, True, "gates")[0]
+        want = autograd.apply(autograd.DENSE, *call)[0]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 

@@ -42,6 +42,21 @@ def torch_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, 1), h[None]
 
 
+# documents of 4, 0, 1 and 4 tokens; read on the host
+OFFSETS = (0, 4, 4, 5, 9)
+
+
+def documents_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+    return fastlm.gru(x, None, flat, cu_seqlens=torch.tensor(OFFSETS, dtype=torch.int32))
+
+
+def torch_documents_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = [b - a for a, b in zip(OFFSETS[:-1], OFFSETS[1:], strict=True)]
+    zero = x.new_zeros(1, 1, flat[1].shape[1])
+    done = [torch_gru(d[None], *flat) if len(d) else (zero[:, :0], zero) for d in x.split(lengths)]
+    return torch.cat([out[0] for out, _ in done]), torch.cat([h_n for _, h_n in done], 1)
+
+
 def logprobs(logits: Tensor, target: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
@@ -82,6 +97,7 @@ class Op:
     ours: Callable[..., Any]
     plain: Callable[..., Any]
     registered: tuple[str, ...] = ()  # torch ops beneath, for their backends
+    public: str = ""  # the function, where its name is not that of the op
 
 
 TARGET = torch.tensor([0, 32, 5, 7, 11])
@@ -129,6 +145,9 @@ OPS = {
         lambda x, *flat: fastlm.gru(x, None, flat, batch_first=True),
         torch_gru,
     ),
+    "ragged_gru": Op(
+        lambda: [randn(9, 7), *weights(7, 9)], documents_gru, torch_documents_gru, public="gru"
+    ),
     "embedding_gru": Op(
         lambda: [TARGET.expand(3, 5), randn(33, 7), *weights(7, 9)],
         lambda tokens, weight, *flat: fastlm.embedding_gru(tokens, weight, *flat)[0],
@@ -160,6 +179,8 @@ def arguments(op: Op, dtype: torch.dtype, device: str) -> list[Any]:
 
 
 def present(name: str) -> None:
+    if name in OPS:
+        name = OPS[name].public or name
     if not hasattr(fastlm, name):
         pytest.skip(f"not in this build: fastlm.{name}")
 

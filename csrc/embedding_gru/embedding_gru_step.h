@@ -87,9 +87,16 @@ FASTLM_INLINE PanelColumns class_columns(int64_t classes, int64_t panel) {
 // floats of a panel: its bias, then [k][3][lane]
 FASTLM_INLINE int64_t panel_size(int64_t depth) { return kGates * kLanes * (depth + 1); }
 
-// w [*, depth], bias [*] or null; lanes without a column are 0
+// the nearest bfloat16; a NaN stays a NaN
+FASTLM_INLINE Vec nearest_bfloat16(Vec x) {
+  VecBits u = (VecBits)x;
+  Vec near = (Vec)((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u);
+  return x != x ? x : near;
+}
+
+// w [*, depth], rounded to bfloat16 if asked for, bias [*] or null; lanes without a column are 0
 FASTLM_INLINE void pack_panel(const float* w, const float* bias, int64_t depth,
-                              const PanelColumns& columns, float* panel) {
+                              const PanelColumns& columns, float* panel, bool round = false) {
   for (int g = 0; g < kGates; ++g) {
     const int64_t first = columns.first[g];
     const int count = columns.count[g];
@@ -99,6 +106,7 @@ FASTLM_INLINE void pack_panel(const float* w, const float* bias, int64_t depth,
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
         block[j] = j < count ? load_columns(w + (first + j) * depth, k0, depth) : Vec{};
+        if (round) block[j] = nearest_bfloat16(block[j]);
       }
       transpose(block);
       const int64_t size = depth - k0 < kLanes ? depth - k0 : kLanes;

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, extension, matmul
+from ... import checks, extension
 from ...extension import raw
 from .layer import Recurrence
 
 # bfloat16 weights are one bfloat16 number, float16 two; of float32 three have all 24 bits
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# the most that a precision asks for
+_AT_MOST = {"ieee": 3, "bf16x3": 2, "tf32": 2, "bf16": 1}
 # columns that a row of the exchanged values is padded to: vectors of 16 bytes
 _VECTOR = 8
 
@@ -35,6 +37,7 @@ def forward(
     batch: int,
     batch_first: bool,
     reverse: bool,
+    round: bool = False,  # of bfloat16 operands: `parts` is 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, hidden = (table if index is None else index).shape[0], w_hh.shape[1]
     clusters = _objection(hidden, parts, True, table.device) is None
@@ -61,6 +64,7 @@ def backward(
     batch: int,
     batch_first: bool,
     reverse: bool,
+    round: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, hidden = output.shape
     clusters = _objection(hidden, parts, True, gates.device) is None
@@ -96,28 +100,32 @@ def _token_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
 
 
 _RECURRENCES = {
-    dtype: Recurrence(partial(forward, parts), partial(backward, parts), _token_plan, matmul.plain)
-    for dtype, parts in PARTS.items()
+    parts: Recurrence(partial(forward, parts), partial(backward, parts), _token_plan)
+    for parts in PARTS.values()
 }
 
 
+def _parts(dtype: torch.dtype, precision: str) -> int:
+    return min(PARTS[dtype], _AT_MOST[precision])
+
+
 def of_layer(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of layer.py with the recurrence for the dtype of its first float tensor."""
+    """A function of layer.py with the recurrence for the dtype of its first float tensor and the
+    precision, its last argument."""
 
     def run(*args: Any) -> Any:
         floats = (a for a in args if isinstance(a, Tensor) and a.is_floating_point())
-        return function(_RECURRENCES[next(floats).dtype], *args)
+        return function(_RECURRENCES[_parts(next(floats).dtype, args[-1])], *args)
 
     return run
 
 
-def refuses(w_hh: Tensor, **_: Any) -> str | None:
-    parts = PARTS.get(w_hh.dtype)
-    if parts is None:
+def refuses(w_hh: Tensor, precision: str, **_: Any) -> str | None:
+    if w_hh.dtype not in PARTS:
         return f"dtype {checks.short(w_hh.dtype)}"
     if w_hh.shape[1] == 0:
         return "no hidden units"
-    size = (w_hh.shape[1], parts)
+    size = (w_hh.shape[1], _parts(w_hh.dtype, precision))
     if _objection(*size, True, w_hh.device) is None:
         return None
     return _objection(*size, False, w_hh.device)
