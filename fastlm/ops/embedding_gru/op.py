@@ -8,7 +8,8 @@ gradient of an embedding row is one sum over its positions in a fixed order.
 Saved for backward: the inputs, `output`, and `gates` [N, 4H] = (r, z, n, W_hn h + b_hn) in float32
 (float64 for float64), or no gates with save="hidden": the backward recomputes them in one product.
 
-The cpu backend takes float32 and bfloat16 and refuses the rest; the reference takes any float.
+The cpu backend takes float32 and bfloat16 and refuses the rest; the reference takes any float. The
+triton backend refuses float64, launches once a step and never waits for the device.
 Source: Cho et al. 2014 (arXiv:1406.1078), reset after the product as in cuDNN; one table row a
 token type as in gather-based inference engines.
 """
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, extension, matmul
+from ... import checks, extension, matmul, triton_backend
 from ...dispatch import register
 from ...library import define, once_differentiable
-from . import cpu_kernels, layer, reference
+from . import cpu_kernels, layer, reference, triton_recurrence
 
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? reset"
 _TOKENS = f"Tensor tokens, Tensor weight, {_WEIGHTS}, Tensor? unique, Tensor? inverse"
@@ -173,6 +174,16 @@ for _name, _forward, _backward in (
 ):
     register(
         _name,
+        "triton",
+        triton_recurrence.of_layer(_forward),
+        triton_recurrence.of_layer(_backward),
+        devices=triton_backend.devices,
+        unavailable=triton_backend.unavailable,
+        refuses=triton_recurrence.refuses,
+        proven=False,
+    )
+    register(
+        _name,
         "cpu",
         partial(_forward, _cpu),
         partial(_backward, _cpu),
@@ -181,6 +192,15 @@ for _name, _forward, _backward in (
         refuses=_refuses,
     )
     register(_name, "reference", partial(_forward, _reference), partial(_backward, _reference))
+register(
+    "gru_step",
+    "triton",
+    triton_recurrence.step,
+    devices=triton_backend.devices,
+    unavailable=triton_backend.unavailable,
+    refuses=triton_recurrence.refuses,
+    proven=False,
+)
 register(
     "gru_step",
     "cpu",
