@@ -28,6 +28,12 @@ TESTS_TO_RUN = (
     "test_token_logprobs.py::test_linear_chunks_do_not_change_the_results",
     "test_linear_cross_entropy.py::test_any_forward_with_any_backward",
     "test_linear_cross_entropy.py::test_every_element_is_written",
+    "test_embedding_gru.py::test_gru_matches_plain",
+    "test_embedding_gru.py::test_options_do_not_change_the_result",
+    "test_embedding_gru.py::test_any_forward_with_any_backward",
+    "test_embedding_gru.py::test_documents_do_not_see_each_other",
+    "test_nn_gru.py::test_decoder_is_the_forward",
+    "test_triton_embedding_gru.py",
     "test_triton_row_statistics.py",
     "test_triton_interpreter.py",
 )

@@ -6,9 +6,10 @@ after another, runs the same kernels. A program owns a tile of rows and hidden u
 recurrent products over the full depth and applies the gates to them before anything is stored.
 The state stays in float32: step t reads what step t - 1 wrote to `output`.
 
-Weights of 16 bits are multiplied on tensor cores, in three products of tf32 parts: such a weight is
-one part, exactly, and the other operand two, 22 bits of it. float32 weights are multiplied in
-float32. Nothing is added atomically; every sum has an order that sizes alone decide.
+Products have float32's digits whatever the weights are. bfloat16 weights are multiplied on tensor
+cores by three bfloat16 parts of the other operand, which hold its 24 bits; float16 weights in three
+products of tf32 parts (the weight is one part, the other operand two with 22 bits); float32 weights
+in float32. Nothing is added atomically; every sum has an order that sizes alone decide.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import triton_backend
 from ..row_statistics.triton_kernels import on_device, tanh
 
 # rows of a product at least, hidden units of a program
 LEAST_ROWS, UNITS = 16, 16
+# how products are taken, and terms of their sums that are read at once
+PRECISION = {torch.float32: "ieee", torch.bfloat16: "parts", torch.float16: "tf32x3"}
+LEAST_DEPTH, DEPTH = 32, {torch.float32: 32, torch.bfloat16: 64, torch.float16: 32}
 # positions read at once for one row of the table, and columns of a program
 POSITIONS, COLUMNS = 16, 128
 
@@ -52,6 +57,22 @@ def _bias(b_hh, unit, mask):
     return value[None, :]
 
 
+@triton.jit
+def _product(x, w, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """total + x @ w for float32 x."""
+    if PRECISION == "parts":
+        for _ in tl.static_range(3):
+            part = x.to(tl.bfloat16)
+            x -= part.to(tl.float32)
+            if WIDEN:
+                total = tl.dot(part.to(tl.float32), w.to(tl.float32), total, input_precision="ieee")
+            else:
+                total = tl.dot(part, w, total)
+    else:
+        total = tl.dot(x, w.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["step", "before", "rows", "batch", "row_stride", "step_stride"])
 def forward_kernel(
     output,  # [N, H], token n = row * row_stride + step * step_stride
@@ -70,7 +91,8 @@ def forward_kernel(
     row_stride,
     step_stride,
     previous_stride,  # of rows of `previous`, in tokens
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products: "ieee", "parts" or "tf32x3"
+    WIDEN: tl.constexpr,  # the interpreter multiplies bfloat16 wrongly
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -93,9 +115,9 @@ def forward_kernel(
         h = _wide(state + k[None, :], kept[:, None] & (k < hidden)[None, :])
         w = w_hh + unit.to(tl.int64)[None, :] * hidden + k[:, None]
         inside = (k < hidden)[:, None] & in_hidden[None, :]
-        r = tl.dot(h, _wide(w, inside), r, input_precision=PRECISION)
-        z = tl.dot(h, _wide(w + gate, inside), z, input_precision=PRECISION)
-        a = tl.dot(h, _wide(w + 2 * gate, inside), a, input_precision=PRECISION)
+        r = _product(h, tl.load(w, mask=inside, other=0.0), r, PRECISION, WIDEN)
+        z = _product(h, tl.load(w + gate, mask=inside, other=0.0), z, PRECISION, WIDEN)
+        a = _product(h, tl.load(w + 2 * gate, mask=inside, other=0.0), a, PRECISION, WIDEN)
 
     source, valid = token, in_batch
     if index is not None:
@@ -142,7 +164,8 @@ def backward_kernel(
     previous_stride,
     PRODUCT: tl.constexpr,  # there is a step after this one
     GATES: tl.constexpr,  # there is this step: without, what remains is dh0
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products: "ieee", "parts" or "tf32x3"
+    WIDEN: tl.constexpr,  # the interpreter multiplies bfloat16 wrongly
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -164,8 +187,8 @@ def backward_kernel(
             dh = dhidden + token[:, None] * (3 * hidden) + k[None, :]
             dh = tl.load(dh, mask=kept[:, None] & inside[None, :], other=0.0)
             w = w_hh + k.to(tl.int64)[:, None] * hidden + unit[None, :]
-            w = _wide(w, inside[:, None] & in_hidden[None, :])
-            total = tl.dot(dh, w, total, input_precision=PRECISION)
+            w = tl.load(w, mask=inside[:, None] & in_hidden[None, :], other=0.0)
+            total = _product(dh, w, total, PRECISION, WIDEN)
         d = tl.where(kept[:, None], d + total, 0.0)
     if GATES:
         token = row * row_stride + tl.cast(step, tl.int64) * step_stride
@@ -242,15 +265,19 @@ def _steps(tokens: int, batch: int, batch_first: bool, reverse: bool) -> _Steps:
     return _Steps(steps, length if batch_first else 1, 1 if batch_first else batch)
 
 
-def _shape_of_a_program(batch: int, dtype: torch.dtype) -> dict[str, object]:
+def _shape_of_a_program(batch: int, hidden: int, dtype: torch.dtype) -> dict[str, object]:
     """Tile and precision; few rows to a program while the batch is small, to fill the device."""
-    exact = dtype == torch.float32
+    rows = LEAST_ROWS if batch <= 64 else 2 * LEAST_ROWS
+    # tensor cores take tiles of 16 x 8 from a warp
+    warps = rows // 8 if dtype == torch.bfloat16 else 4
     return {
-        "PRECISION": "ieee" if exact else "tf32x3",
-        "ROWS": LEAST_ROWS if batch <= 64 else 2 * LEAST_ROWS,
+        "PRECISION": PRECISION[dtype],
+        "WIDEN": triton_backend.interpreted,
+        "ROWS": rows,
         "UNITS": UNITS,
-        "DEPTH": 32 if exact else 64,
-        "num_warps": 4,
+        # values that are not aligned are read one at a time, which takes more registers
+        "DEPTH": LEAST_DEPTH if hidden % 16 else DEPTH[dtype],
+        "num_warps": warps,
         "num_stages": 3,
     }
 
@@ -290,7 +317,7 @@ def _run_forward(
     batch = tokens // len(steps.steps)
     output = table.new_empty(tokens, hidden, dtype=torch.float32)
     start = output.new_zeros(batch, hidden) if h0 is None else h0
-    shape = _shape_of_a_program(batch, w_hh.dtype)
+    shape = _shape_of_a_program(batch, hidden, w_hh.dtype)
     kernel = forward_kernel[_grid(batch, hidden, shape)]
     with on_device(table):
         for step, previous, before, stride in steps.each(start, output):
@@ -343,7 +370,7 @@ def _run_backward(
     batch, hidden = dh_n.shape
     carry = dh_n.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     start = carry.new_zeros(batch, hidden) if h0 is None else h0
-    shape = _shape_of_a_program(batch, w_hh.dtype)
+    shape = _shape_of_a_program(batch, hidden, w_hh.dtype)
     kernel = backward_kernel[_grid(batch, hidden, shape)]
     strides = (dn.stride(0), steps.row_stride, steps.step_stride)
     with on_device(output):

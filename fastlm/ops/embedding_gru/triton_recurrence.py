@@ -36,7 +36,9 @@ def _token_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
 
 
 _RECURRENCES = {
-    dtype: Recurrence(partial(_forward, dtype), partial(_backward, dtype), _token_plan, matmul.plain)
+    dtype: Recurrence(
+        partial(_forward, dtype), partial(_backward, dtype), _token_plan, matmul.plain
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 
@@ -58,17 +60,15 @@ def step(
     """The torch op gru_step; weights are read where they are, not packed."""
     from . import triton_kernels
 
-    tensors = (None if x is None else x.contiguous() for x in (table, index, w_hh, b_hh, h))
-    return triton_kernels.step(*tensors)
+    index, b_hh = (None if x is None else x.contiguous() for x in (index, b_hh))
+    return triton_kernels.step(table.contiguous(), index, w_hh.contiguous(), b_hh, h.contiguous())
 
 
-def refuses(
-    w_hh: Tensor, weight: Tensor | None = None, table: Tensor | None = None, **_: Any
-) -> str | None:
+def refuses(w_hh: Tensor, weight: Tensor | None = None, **_: Any) -> str | None:
     if w_hh.dtype not in _RECURRENCES:
         return "takes float32, bfloat16 and float16, not float64"
     hidden = w_hh.shape[1]
-    rows = max(x.shape[0] for x in (weight, table, w_hh) if x is not None)
+    rows = 0 if weight is None else weight.shape[0]
     # a column of the gates is an int32; a grid has less than 2^31 programs, the largest one for
     # each row of the embedding and 128 columns of its gradient
     if hidden == 0 or hidden >= 2**28 or rows * (1 + 3 * hidden // 128) >= 2**31:
