@@ -17,7 +17,8 @@ The cpu backend takes float32, bfloat16 and float16 (computed in float32) and re
 reference takes any float. precision="bf16" rounds the operands of all products to bfloat16; "tf32"
 and "bf16x3" are allowances that the backends of the CPU do not use: they compute in float32. The
 cuda backend takes bfloat16 up to H = 2048, float16 and float32 up to 1024, less where the device
-is too small to hold the recurrent weights on chip; it is deterministic.
+is too small to hold the recurrent weights on chip; it is deterministic. The triton backend refuses
+float64 and precision="bf16", launches once a step and never waits for the device.
 Source: Cho et al. 2014 (arXiv:1406.1078), reset after the product as in cuDNN; one table row a
 token type as in gather-based inference engines.
 """
@@ -30,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, extension, matmul
+from ... import checks, extension, matmul, triton_backend
 from ...dispatch import register
 from ...library import define
-from . import cpu_kernels, cuda_kernels, layer, ragged, reference
+from . import cpu_kernels, cuda_kernels, layer, ragged, reference, triton_recurrence
 
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? reset"
 _TOKENS = f"Tensor tokens, Tensor weight, {_WEIGHTS}, Tensor? unique, Tensor? inverse"
@@ -268,6 +269,16 @@ for _name, _forward, _backward in (
             refuses=cuda_kernels.refuses,
             proven=False,
         )
+        register(
+            _name,
+            "triton",
+            triton_recurrence.of_layer(_forward),
+            triton_recurrence.of_layer(_backward),
+            devices=triton_backend.devices,
+            unavailable=triton_backend.unavailable,
+            refuses=triton_recurrence.refuses,
+            proven=False,
+        )
     register(
         _name,
         "cpu",
@@ -278,6 +289,15 @@ for _name, _forward, _backward in (
         refuses=_refuses,
     )
     register(_name, "reference", partial(_forward, _reference), partial(_backward, _reference))
+register(
+    "gru_step",
+    "triton",
+    triton_recurrence.step,
+    devices=triton_backend.devices,
+    unavailable=triton_backend.unavailable,
+    refuses=triton_recurrence.refuses,
+    proven=False,
+)
 register(
     "gru_step",
     "cpu",

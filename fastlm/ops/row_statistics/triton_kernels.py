@@ -26,7 +26,7 @@ BLOCK, LEAST_BLOCK, PER_THREAD = 2048, 128, 8
 
 
 @triton.jit
-def _tanh(u):
+def tanh(u):
     # the series where 1 - exp(-2u) would cancel, at 0.3 its next term is 5e-8 of the sum
     t = tl.exp(-2.0 * tl.abs(u))
     large = (1.0 - t) / (1.0 + t)
@@ -43,7 +43,7 @@ def _tanh(u):
 def _squash(x, softcap, CAPPED: tl.constexpr):
     """tanh(x / softcap), or x without a cap."""
     if CAPPED:
-        x = _tanh(x / softcap)
+        x = tanh(x / softcap)
     return x
 
 
