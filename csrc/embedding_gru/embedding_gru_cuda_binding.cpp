@@ -32,8 +32,14 @@ std::string gru_cuda_objection(int64_t hidden, int64_t parts, bool clusters) {
 
 GruShape shape_of(int64_t batch, int64_t tokens, int64_t hidden, bool batch_first, bool reverse) {
   int64_t steps = tokens / batch;
-  return batch_first ? GruShape{batch, steps, hidden, steps, 1, reverse}
-                     : GruShape{batch, steps, hidden, 1, batch, reverse};
+  GruShape s{};
+  s.batch = batch;
+  s.steps = steps;
+  s.hidden = hidden;
+  s.batch_stride = batch_first ? steps : 1;
+  s.step_stride = batch_first ? 1 : batch;
+  s.reverse = reverse;
+  return s;
 }
 
 // launches on the current stream of the tensors' device

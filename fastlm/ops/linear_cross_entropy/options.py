@@ -20,7 +20,8 @@ class LinearCrossEntropyOptions:
         max_memory_bytes: memory beyond inputs, gradients and their float32 sums, within 5%. Below
             some 64 rows of logits (768 on a GPU) the classes are taken in slices too, and the
             logits are computed twice; never less than a tile of 64 x 64. None: chunks of, on a CPU,
-            1/9 of the rows, at least 64 rows or 10 MiB, at most 512 rows; on a GPU 256 MiB.
+            1/9 of the rows, at least 64 rows or 10 MiB, at most 512 rows; on a GPU a 64th of its
+            memory, at least 256 MiB.
         batch_chunk_size: rows of a chunk, as in torch; not with max_memory_bytes.
         acc_dtype: dtype of logits and of all sums, float32 (float64 for float64 inputs).
         deterministic: every path is; None, True and False are the same.
