@@ -5,7 +5,8 @@ from .dispatch import backends, explain, use_backend
 from .ops.attention.mask import AttnMask
 from .ops.attention.op import attention
 from .ops.cross_entropy.op import cross_entropy
-from .ops.embedding_gru.public import TokenPlan, embedding_gru, gru, token_plan
+from .ops.embedding_gru.public import embedding_gru, gru
+from .ops.embedding_gru.token_plan import TokenPlan, token_plan
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.linear_kl_div.op import linear_kl_div

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
 from ..ops.embedding_gru import op as gru_op
-from ..ops.embedding_gru.public import TokenPlan, embedding_gru, gru
+from ..ops.embedding_gru.public import embedding_gru, gru
+from ..ops.embedding_gru.token_plan import TokenPlan
 
 
 class GRU(nn.RNNBase):

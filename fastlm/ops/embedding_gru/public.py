@@ -1,53 +1,17 @@
-"""The public functions `gru`, `embedding_gru` and `token_plan`: arguments, layers, directions."""
+"""The public functions `gru` and `embedding_gru`: arguments, layers, directions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import checks
 from .op import EmbeddingGRULayer, GRULayer
+from .token_plan import TokenPlan
 
 PRECISIONS = ("auto", "ieee")
-
-
-class TokenPlan(NamedTuple):
-    """Distinct tokens of a batch, made once by `token_plan` and given to `embedding_gru`.
-
-    unique [U]: distinct tokens, ascending. inverse [N]: rank of each token among them. order [N]:
-    positions sorted by token, stable; those of unique[i] stand at offsets[i]:offsets[i + 1].
-    """
-
-    unique: Tensor
-    inverse: Tensor
-    offsets: Tensor
-    order: Tensor
-
-
-def token_plan(ids: Tensor, num_embeddings: int) -> TokenPlan:
-    """Which rows of an embedding a batch uses, and where.
-
-    Args:
-        ids: [...], any integer dtype, in [0, num_embeddings).
-        num_embeddings: rows of the embedding.
-
-    Returns:
-        `TokenPlan`, int64 tensors on the device of `ids`, for `ids` flattened.
-
-    Raises:
-        TypeError: ids are not integers. IndexError: a token is out of range (CPU).
-    """
-    checks.integer("token_plan", "ids", ids)
-    flat = ids.reshape(-1).long()
-    checks.index_range("token_plan", "ids", flat, num_embeddings, None)
-    unique, inverse, counts = torch.unique(
-        flat, sorted=True, return_inverse=True, return_counts=True
-    )
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    return TokenPlan(unique, inverse, offsets, inverse.argsort(stable=True))
 
 
 def _weight_checks(
