@@ -29,12 +29,14 @@ from .ops.token_logprobs.op import (
     linear_token_logprobs,
     token_logprobs,
 )
+from .packing import PackedRows, pack_documents
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttnMask",
     "LinearCrossEntropyOptions",
+    "PackedRows",
     "TokenLogprobs",
     "TokenPlan",
     "attention",
@@ -58,6 +60,7 @@ __all__ = [
     "linear_topk_kl_div",
     "nn",
     "orpo_loss",
+    "pack_documents",
     "policy_loss",
     "reward_loss",
     "sample",

@@ -1,7 +1,8 @@
 """Loads what is compiled, and keeps the reason when it cannot.
 
-The library `fastlm/_C.so` registers `torch.ops.fastlm_C.*`: raw kernels that write into tensors they are given and
-check nothing. Only the backends in `ops/*/op.py` call them, after the public function has checked.
+The library `fastlm/_C.so` registers `torch.ops.fastlm_C.*`: raw kernels that write into tensors
+they are given and check nothing. Only the backends in `ops/*/op.py` call them, after the public
+function has checked.
 The module `fastlm._tokens` works on numpy arrays, for data loaders.
 """
 

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
 from ..ops.embedding_gru import op as gru_op
-from ..ops.embedding_gru.public import embedding_gru, gru
+from ..ops.embedding_gru.embedding import EmbeddingOptions
+from ..ops.embedding_gru.public import embedding_layer, gru
 from ..ops.embedding_gru.token_plan import TokenPlan
 
 
@@ -107,9 +108,11 @@ class EmbeddingGRU(nn.Module):
     modules whose weights may be tied or loaded as usual.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type: as in torch.nn.Embedding.
-        hidden_size, num_layers, bias, batch_first, dropout: as in torch.nn.GRU; batch_first is
-            True by default.
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse:
+            as in torch.nn.Embedding. A sparse gradient is coalesced.
+        hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in torch.nn.GRU;
+            batch_first is True by default.
+        embedding_dropout: in training, the probability that a token is zero wherever it occurs.
         dedupe, save: see `fastlm.embedding_gru`.
     """
 
@@ -122,24 +125,29 @@ class EmbeddingGRU(nn.Module):
         bias: bool = True,
         batch_first: bool = True,
         dropout: float = 0.0,
+        bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
         padding_idx: int | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        embedding_dropout: float = 0.0,
         dedupe: str = "auto",
         save: str = "gates",
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(
-            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type,
-            device=device, dtype=dtype,
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq,
+            sparse, device=device, dtype=dtype,
         )  # fmt: skip
         self.gru = GRU(
-            embedding_dim, hidden_size, num_layers, bias, batch_first, dropout,
+            embedding_dim, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, save=save,
         )  # fmt: skip
+        self.embedding_dropout = embedding_dropout
         self.dedupe = dedupe
 
     def forward(
@@ -154,61 +162,67 @@ class EmbeddingGRU(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """tokens [B, T], h0 [num_layers, B, H] -> output [B, T, H], h_n [num_layers, B, H].
 
+        Bidirectional: output [B, T, 2 * H], states [2 * num_layers, B, H], as torch.nn.GRU.
         [T, B] without `batch_first`; [T] for one sequence, then h0 and h_n have no B.
         """
         embedding, cells = self.embedding, self.gru
-        per_cell = 4 if cells.bias else 2
+        ways, per_cell = 2 if cells.bidirectional else 1, 4 if cells.bias else 2
         weights = cells.weights()
         if h0 is not None:
-            checks.shape("nn.EmbeddingGRU", "h0", h0, (cells.num_layers, *h0.shape[1:]), "layers")
+            layers = (ways * cells.num_layers, *h0.shape[1:])
+            checks.shape("nn.EmbeddingGRU", "h0", h0, layers, "layers and directions")
             if torch.is_autocast_enabled(h0.device.type):
                 h0 = h0.to(weights[0].dtype)
-        if embedding.max_norm is not None:
-            with torch.no_grad():
-                # torch renormalises the rows that are looked up, in place
-                embedding(tokens)
-        b_ih, b_hh = weights[2:4] if cells.bias else (None, None)
-        output, h_first = embedding_gru(
+        documents = {"reset": reset, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens}
+        output, states = embedding_layer(
+            "nn.EmbeddingGRU",
             tokens,
             embedding.weight,
-            weights[0],
-            weights[1],
-            b_ih,
-            b_hh,
-            h0=None if h0 is None else h0[0],
+            _cells(weights[: ways * per_cell], per_cell),
+            [None] * ways if h0 is None else list(h0[:ways]),
+            EmbeddingOptions(
+                embedding.padding_idx, embedding.max_norm, embedding.norm_type,
+                embedding.scale_grad_by_freq, embedding.sparse,
+                self.embedding_dropout if self.training else 0.0,
+            ),
             batch_first=cells.batch_first,
             plan=plan,
             dedupe=self.dedupe,
-            padding_idx=embedding.padding_idx,
             save=cells.save,
-            reset=reset,
-            segment_ids=segment_ids,
-            cu_seqlens=cu_seqlens,
-        )
+            **documents,
+        )  # fmt: skip
+        h_first = torch.stack(states)
         if cells.num_layers == 1:
-            return output, h_first.unsqueeze(0)
+            return output, h_first
         if cells.dropout and self.training:
             output = nn.functional.dropout(output, cells.dropout)
         output, h_rest = gru(
             output,
-            None if h0 is None else h0[1:],
-            weights[per_cell:],
+            None if h0 is None else h0[ways:],
+            weights[ways * per_cell :],
             num_layers=cells.num_layers - 1,
             bias=cells.bias,
+            bidirectional=cells.bidirectional,
             batch_first=cells.batch_first,
             dropout=cells.dropout,
             training=self.training,
             save=cells.save,
-            reset=reset,
-            segment_ids=segment_ids,
-            cu_seqlens=cu_seqlens,
+            **documents,
         )
-        return output, torch.cat((h_first.unsqueeze(0), h_rest))
+        return output, torch.cat((h_first, h_rest))
 
     @torch.no_grad()
     def decoder(self) -> GRUDecoder:
         """A stepper for generation, from the weights as they are now."""
+        if self.gru.bidirectional:
+            checks.bad_value("nn.EmbeddingGRU.decoder", "bidirectional", "False", True)
         return GRUDecoder(self)
+
+
+def _cells(weights: list[Tensor], per_cell: int) -> list[Any]:
+    """(w_ih, w_hh, b_ih, b_hh) of each cell."""
+    groups = (weights[i : i + per_cell] for i in range(0, len(weights), per_cell))
+    return [(*group, None, None)[:4] for group in groups]
 
 
 class GRUDecoder:

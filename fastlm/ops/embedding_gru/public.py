@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .op import EmbeddingGRULayer, GRULayer
+from .embedding import Cell, Direction, EmbeddingOptions, over_embedding
+from .op import GRULayer
 from .token_plan import TokenPlan
 
 PRECISIONS = ("auto", "ieee")
@@ -143,6 +144,12 @@ def embedding_gru(
     plan: TokenPlan | None = None,
     dedupe: str = "auto",
     padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    embedding_dropout: float = 0.0,
+    training: bool = False,
     reset: Tensor | None = None,
     segment_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -162,12 +169,19 @@ def embedding_gru(
         w_ih, w_hh: [3H, D], [3H, H], gates r, z, n as in torch.nn.GRU.
         b_ih, b_hh: [3H] or None.
         h0: [B, H] ([H] for one sequence) or None for zeros.
-        plan: `token_plan(tokens, V)`, when a data loader has made it.
+        plan: `token_plan(tokens, V)` of these very tokens, when a data loader has made it.
         dedupe: "batch": one projection for each distinct token of the batch. "vocab": one for each
             row of `weight`. "off": one for each position. "auto": "batch" on the CPU; on a GPU,
             where counting distinct tokens would be a host synchronisation, "vocab" when
-            V <= 1.5 N, else "off".
+            V <= 1.5 N, else "off"; with a plan "batch".
         padding_idx: row of `weight` that gets no gradient.
+        max_norm, norm_type, scale_grad_by_freq: as in torch.nn.functional.embedding: rows in use
+            are renormalised in place first; a row's gradient is divided by its occurrences.
+        sparse: the gradient of `weight` is a coalesced COO tensor of the rows in use, for example
+            for torch.optim.SparseAdam. Not under torch.compile.
+        embedding_dropout: probability, when `training`, that a token is zero wherever it occurs
+            (AWD-LSTM's), with p the probability: `weight` counts as
+                weight * torch.empty(V, 1).bernoulli_(1 - p) / (1 - p)
         reset: bool or integer, in the shape of `tokens`: nonzero starts that token from a zero
             state.
         segment_ids: in the shape of `tokens`: the state starts afresh where the value changes.
@@ -185,35 +199,71 @@ def embedding_gru(
         IndexError: a token is out of range (CPU; on a GPU its row is undefined).
     """
     op = "embedding_gru"
+    options = EmbeddingOptions(
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+        embedding_dropout if training else 0.0,
+    )  # fmt: skip
+    output, h_n = embedding_layer(
+        op, tokens, weight, [(w_ih, w_hh, b_ih, b_hh)], [h0], options, batch_first=batch_first,
+        plan=plan, dedupe=dedupe, reset=reset, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
+        precision=precision, save=save,
+    )  # fmt: skip
+    return output, h_n[0]
+
+
+def embedding_layer(
+    op: str,
+    tokens: Tensor,
+    weight: Tensor,
+    cells: Sequence[Cell],
+    states: Sequence[Tensor | None],
+    options: EmbeddingOptions,
+    *,
+    batch_first: bool,
+    plan: TokenPlan | None,
+    dedupe: str,
+    reset: Tensor | None,
+    segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    precision: str = "auto",
+    save: str = "gates",
+) -> tuple[Tensor, list[Tensor]]:
+    """`embedding_gru` in one direction, or with a second cell in both, over one embedding."""
     checks.integer(op, "tokens", tokens)
     checks.shape(op, "weight", weight, (None, None))
-    hidden = _weight_checks(op, weight.shape[1], w_ih, w_hh, b_ih, b_hh)
-    checks.same_dtype(op, "weight", weight, "w_ih", w_ih)
+    for cell in cells:
+        hidden = _weight_checks(op, weight.shape[1], *cell)
+        checks.same_dtype(op, "weight", weight, "w_ih", cell[0])
     checks.one_of(op, "dedupe", dedupe, ("auto", "batch", "vocab", "off"))
     _check_options(op, precision, save)
-    single = _check_dims(op, "tokens", tokens.dim(), cu_seqlens, (h0, reset))
+    single = _check_dims(op, "tokens", tokens.dim(), cu_seqlens, (*states, reset))
     tokens = tokens.long()
     if single:
         tokens, batch_first = tokens.unsqueeze(0), True
-        h0, reset, segment_ids = _batched(0, h0, reset, segment_ids)
-    _check_state(op, "h0", h0, (tokens.shape[0 if batch_first else 1], hidden), weight)
+        reset, segment_ids, *states = _batched(0, reset, segment_ids, *states)
+    for state in states:
+        _check_state(op, "h0", state, (tokens.shape[0 if batch_first else 1], hidden), weight)
     starts = _starts(op, tokens.shape, batch_first, reset, segment_ids, cu_seqlens)
-    unique = inverse = None
+    directions = [
+        Direction(cell, state, reverse, _reverse_starts(starts, batch_first) if reverse else starts)
+        for cell, state, reverse in zip(cells, states, (False, True), strict=False)
+    ]
     if plan is not None:
         checks.shape(op, "plan.inverse", plan.inverse, (tokens.numel(),), "tokens of the batch")
-        unique, inverse, dedupe = plan.unique, plan.inverse, "batch"
-    if dedupe == "auto":
-        few = weight.shape[0] <= 1.5 * tokens.numel()
-        dedupe = "batch" if tokens.device.type == "cpu" else "vocab" if few else "off"
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
-    output, h_n = EmbeddingGRULayer.apply(
-        tokens, weight, w_ih, w_hh, b_ih, b_hh, h0, starts, unique, inverse,
-        dedupe, padding_idx, batch_first, False, save,
+    results = over_embedding(
+        op, tokens, weight, directions, options.checked(op, weight.shape[0]), plan, dedupe,
+        batch_first, save,
     )  # fmt: skip
+    outputs = [output for output, _ in results]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    h_n = [state for _, state in results]
     if single:
-        output = output[0]
-        h_n = h_n[0] if cu_seqlens is None else _final_states(output, cu_seqlens)
+        output, h_n = output[0], [state[0] for state in h_n]
+    if cu_seqlens is not None:
+        h_n = [
+            _final_states(one[0], cu_seqlens, way.reverse)
+            for one, way in zip(outputs, directions, strict=True)
+        ]
     return output, h_n
 
 
