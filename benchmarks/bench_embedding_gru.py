@@ -62,6 +62,43 @@ CASES = [
 ]
 
 
+def make_planned(batch: int, distinct: bool) -> Callable[[str], Arguments]:
+    """As `make`, with the plan that a data loader would have made; or no token twice."""
+
+    def build(device: str) -> Arguments:
+        tokens, *rest = make(batch)(device)
+        if distinct:
+            tokens = torch.randperm(VOCAB)[: batch * SEQ].view(batch, SEQ).to(device)
+        return (fastlm.token_plan(tokens, VOCAB), tokens, *rest)
+
+    return build
+
+
+def without_plan(dedupe: str) -> Callable[..., Tensor]:
+    return lambda plan, tokens, weight, *w: fastlm.embedding_gru(tokens, weight, *w, dedupe=dedupe)[
+        0
+    ]
+
+
+CASES += [
+    Case(
+        op="embedding_gru",
+        name=f"{'distinct' if distinct else 'planned'}-B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}",
+        make=make_planned(batch, distinct),
+        ours=lambda plan, tokens, weight, *w: fastlm.embedding_gru(tokens, weight, *w, plan=plan)[
+            0
+        ],
+        plain=lambda plan, *args: plain(*args),
+        compiles=False,
+        others={"unplanned": without_plan("auto"), "off": without_plan("off")},
+        flops=flops(batch) if not distinct else 3 * 4.0 * HIDDEN * 3 * HIDDEN * batch * SEQ,
+        unit_count=batch * SEQ,
+        reach="unplanned >= 1.0, off >= 1.0",
+    )
+    for batch, distinct in ((1, False), (32, False), (32, True))
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_embedding_gru(case: Case, race: Callable[[Case], None]) -> None:
     race(case)

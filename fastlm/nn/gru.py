@@ -109,7 +109,7 @@ class EmbeddingGRU(nn.Module):
 
     Args:
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse:
-            as in torch.nn.Embedding. A sparse gradient is coalesced.
+            as in torch.nn.Embedding. A sparse gradient holds each row once.
         hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in torch.nn.GRU;
             batch_first is True by default.
         embedding_dropout: in training, the probability that a token is zero wherever it occurs.

@@ -64,6 +64,8 @@ def over_embedding(
     save: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """(output, h_n) of each direction; tokens [B, T] or [T, B], int64."""
+    if options.sparse and torch.compiler.is_compiling():
+        checks.bad_value(op, "sparse", "False under torch.compile", True)
     if dedupe == "auto":
         dedupe = "batch" if plan is not None else _cheapest(tokens, weight.shape[0])
     if options.max_norm is not None:
@@ -88,10 +90,16 @@ def _cheapest(tokens: Tensor, size: int) -> str:
     return "vocab" if size <= 1.5 * tokens.numel() else "off"
 
 
+def _check_tokens(op: str, tokens: Tensor, size: int) -> None:
+    """Before anything is indexed; in a compiled graph the ops that index check for themselves."""
+    if not torch.compiler.is_compiling():
+        checks.index_range(op, "tokens", tokens, size, None)
+
+
 def _renormalise(
     op: str, tokens: Tensor, weight: Tensor, options: EmbeddingOptions, plan: TokenPlan | None
 ) -> None:
-    checks.index_range(op, "tokens", tokens, weight.shape[0], None)
+    _check_tokens(op, tokens, weight.shape[0])
     rows = tokens.contiguous() if plan is None else plan.unique
     with torch.no_grad():
         torch.embedding_renorm_(weight, rows, options.max_norm, options.norm_type)
@@ -110,13 +118,10 @@ def _over_rows(
 ) -> list[tuple[Tensor, Tensor]]:
     """The rows first, as a tensor of their own, which both directions read."""
     size = weight.shape[0]
-    if torch.compiler.is_compiling():
-        if options.sparse:
-            checks.bad_value(op, "sparse", "False under torch.compile", True)
-        if plan is None and dedupe == "batch":
-            # the number of distinct tokens is not a size that a graph can have
-            dedupe = "vocab" if size <= 1.5 * tokens.numel() else "off"
-    checks.index_range(op, "tokens", tokens, size, None)
+    if plan is None and dedupe == "batch" and torch.compiler.is_compiling():
+        # the number of distinct tokens is not a size that a graph can have
+        dedupe = "vocab" if size <= 1.5 * tokens.numel() else "off"
+    _check_tokens(op, tokens, size)
     if plan is None and (dedupe == "batch" or options.sparse):
         plan = token_plan(tokens, size)
     keep = None

@@ -177,8 +177,8 @@ def embedding_gru(
         padding_idx: row of `weight` that gets no gradient.
         max_norm, norm_type, scale_grad_by_freq: as in torch.nn.functional.embedding: rows in use
             are renormalised in place first; a row's gradient is divided by its occurrences.
-        sparse: the gradient of `weight` is a coalesced COO tensor of the rows in use, for example
-            for torch.optim.SparseAdam. Not under torch.compile.
+        sparse: the gradient of `weight` is a COO tensor of the rows in use, each once and ascending
+            (coalesced), for example for torch.optim.SparseAdam. Not under torch.compile.
         embedding_dropout: probability, when `training`, that a token is zero wherever it occurs
             (AWD-LSTM's), with p the probability: `weight` counts as
                 weight * torch.empty(V, 1).bernoulli_(1 - p) / (1 - p)
