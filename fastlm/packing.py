@@ -69,7 +69,8 @@ def pack_documents(
 
 def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
     """(row, start) of each document and the number of rows: what `fastlm._tokens` does faster."""
-    row, start, used = np.empty_like(lengths), np.empty_like(lengths), []
+    row, start = np.empty_like(lengths), np.empty_like(lengths)
+    used: list[int] = []
     for i, length in enumerate(lengths.tolist()):
         r = next((r for r, full in enumerate(used) if full + length <= capacity), len(used))
         if r == len(used):

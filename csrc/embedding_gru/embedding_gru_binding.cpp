@@ -99,8 +99,8 @@ void gru_pack_cpu(const Tensor& w_hh, const std::optional<Tensor>& b_hh, const T
   FASTLM_PICK(gru_pack)(floats(w_hh), floats(b_hh), w_hh.size(1), floats_out(packed));
 }
 
-// The plan of `tokens`, see tokens/tokens.h. `unique` and `offsets` are sized for min(N, V) distinct
-// tokens; returns how many there are.
+// The plan of `tokens`, see tokens/tokens.h. `unique` and `offsets` are sized for min(N, V)
+// distinct tokens; returns how many there are.
 int64_t token_plan_cpu(const Tensor& tokens, int64_t vocabulary, const Tensor& unique,
                        const Tensor& inverse, const std::optional<Tensor>& offsets,
                        const std::optional<Tensor>& order) {

@@ -173,7 +173,11 @@ class EmbeddingGRU(nn.Module):
             checks.shape("nn.EmbeddingGRU", "h0", h0, layers, "layers and directions")
             if torch.is_autocast_enabled(h0.device.type):
                 h0 = h0.to(weights[0].dtype)
-        documents = {"reset": reset, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens}
+        documents: dict[str, Any] = {
+            "reset": reset,
+            "segment_ids": segment_ids,
+            "cu_seqlens": cu_seqlens,
+        }
         output, states = embedding_layer(
             "nn.EmbeddingGRU",
             tokens,

@@ -69,7 +69,10 @@ def over_embedding(
     if dedupe == "auto":
         dedupe = "batch" if plan is not None else _cheapest(tokens, weight.shape[0])
     if options.max_norm is not None:
-        _renormalise(op, tokens, weight, options, plan)
+        _check_tokens(op, tokens, weight.shape[0])
+        used = tokens.contiguous() if plan is None else plan.unique
+        with torch.no_grad():
+            torch.embedding_renorm_(weight, used, options.max_norm, options.norm_type)
     by_row = options.scale_grad_by_freq or options.sparse or options.dropout
     if len(directions) == 1 and not by_row:
         (way,) = directions
@@ -94,15 +97,6 @@ def _check_tokens(op: str, tokens: Tensor, size: int) -> None:
     """Before anything is indexed; in a compiled graph the ops that index check for themselves."""
     if not torch.compiler.is_compiling():
         checks.index_range(op, "tokens", tokens, size, None)
-
-
-def _renormalise(
-    op: str, tokens: Tensor, weight: Tensor, options: EmbeddingOptions, plan: TokenPlan | None
-) -> None:
-    _check_tokens(op, tokens, weight.shape[0])
-    rows = tokens.contiguous() if plan is None else plan.unique
-    with torch.no_grad():
-        torch.embedding_renorm_(weight, rows, options.max_norm, options.norm_type)
 
 
 def _over_rows(

@@ -61,20 +61,24 @@ def token_plan(ids: Tensor | np.ndarray, num_embeddings: int) -> TokenPlan:
     """
     if num_embeddings < 0:
         checks.bad_value("token_plan", "num_embeddings", "at least 0", num_embeddings)
-    array = isinstance(ids, np.ndarray)
-    if not array:
-        checks.integer("token_plan", "ids", ids)
-    here = array or (ids.device.type == "cpu" and not torch.compiler.is_compiling())
-    if here and extension.tokens is not None:
-        fields = extension.tokens.plan(ids if array else ids.numpy(), num_embeddings)
-        return TokenPlan(*(torch.from_numpy(x) for x in fields))
-    if array:
+    if isinstance(ids, np.ndarray):
+        if extension.tokens is not None:
+            return _from_module(ids, num_embeddings)
         ids = _as_tensor(ids)
+    checks.integer("token_plan", "ids", ids)
+    here = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if here and extension.tokens is not None:
+        return _from_module(ids.numpy(), num_embeddings)
     checks.index_range("token_plan", "ids", ids, num_embeddings, None)
     flat = ids.reshape(-1).long()
     if here and extension.unavailable is None:
         return TokenPlan(*cpu_kernels.whole_plan(flat.contiguous(), num_embeddings))
     return _plain(flat)
+
+
+def _from_module(ids: np.ndarray, num_embeddings: int) -> TokenPlan:
+    fields = extension.tokens.plan(ids, num_embeddings)
+    return TokenPlan(*(torch.from_numpy(x) for x in fields))
 
 
 def _as_tensor(ids: np.ndarray) -> Tensor:
