@@ -301,10 +301,28 @@ def test_a_wrong_plan() -> None:
         run({"unique": plan.unique + 31 - plan.unique[0]})
     with pytest.raises(IndexError, match=rf"plan.inverse must be in \[0, {len(plan.unique)}\)"):
         run({"inverse": plan.inverse + 8})
+    for name in ("unique", "inverse"):
+        with pytest.raises(TypeError, match=rf"plan.{name} must be int64 .*, got int32"):
+            run({name: getattr(plan, name).int()})
+        with pytest.raises(ValueError, match=rf"plan.{name} must be on cpu .*meta"):
+            run({name: getattr(plan, name).to("meta")})
     with pytest.raises(IndexError):
         run({"inverse": plan.inverse + 8}, scale_grad_by_freq=True)
     with pytest.raises(IndexError):
         run({"unique": plan.unique + 31}, sparse=True)
+
+
+def test_a_strided_plan() -> None:
+    tokens = tokens_of()
+    _, weight, h0, *w = case(4, 6, V, 8, 9)
+    plan = fastlm.TokenPlan(
+        *(testing.strided(x, "sliced") for x in fastlm.token_plan(tokens, V))
+    )  # fmt: skip
+    assert not plan.inverse.is_contiguous()
+    want, _ = fastlm.embedding_gru(tokens, weight, *w)
+    for options in ({}, {"sparse": True}):
+        got, _ = fastlm.embedding_gru(tokens, weight, *w, plan=plan, **options)
+        assert torch.equal(got, want)
 
 
 def test_refused_options() -> None:

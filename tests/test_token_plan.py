@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import fastlm
 from fastlm import extension, packing
+from fastlm.ops.embedding_gru import cpu_kernels
 from fastlm.ops.embedding_gru import token_plan as module
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -115,9 +116,13 @@ def test_the_module_alone_checks_as_well() -> None:
 @settings(max_examples=60, deadline=None)
 def test_every_way_gives_the_same(ids: list[int], size: int) -> None:
     array = np.array(ids, np.int32)
-    first = fastlm.token_plan(array, size)
-    for other in (module._plain(torch.from_numpy(array).long()),):
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    flat = torch.from_numpy(array).long()
+    others = [module._plain(flat)]
+    if extension.unavailable is None:
+        others.append(cpu_kernels.whole_plan(flat, size))
+    for other in others:
+        for a, b in zip(fastlm.token_plan(array, size), other, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_it_moves_like_a_tensor() -> None:

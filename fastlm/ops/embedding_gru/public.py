@@ -250,6 +250,10 @@ def embedding_layer(
     ]
     if plan is not None:
         checks.shape(op, "plan.inverse", plan.inverse, (tokens.numel(),), "tokens of the batch")
+        for name, value in (("plan.unique", plan.unique), ("plan.inverse", plan.inverse)):
+            checks.same_dtype(op, name, value, "token_plan makes it", tokens)
+            checks.same_device(op, name, value, "tokens", tokens)
+        plan = plan._replace(inverse=plan.inverse.contiguous())
     results = over_embedding(
         op, tokens, weight, directions, options.checked(op, weight.shape[0]), plan, dedupe,
         batch_first, save,
