@@ -1,7 +1,8 @@
-"""Embedding and GRU in one, on tokens distributed as in text."""
+"""GRU over tokens distributed as in text, with its embedding, and over dense input."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -13,92 +14,91 @@ import fastlm
 from fastlm.bench.case import Arguments, Case
 from fastlm.bench.tokens import zipf_tokens
 
-VOCAB, HIDDEN, SEQ = 10000, 512, 64
+VOCAB = 10000
+# a forced backend has rows of its own
+FORCED = "".join(f"-{name}" for name in (os.environ.get("FASTLM_BACKEND"),) if name)
 
 
-def make(batch: int) -> Callable[[str], Arguments]:
+def weights(hidden: int) -> list[Tensor]:
+    bound = hidden**-0.5
+    shapes = ((3 * hidden, hidden), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))
+    return [torch.empty(*s).uniform_(-bound, bound) for s in shapes]
+
+
+def make_tokens(batch: int, length: int, hidden: int) -> Callable[[str], Arguments]:
     def build(device: str) -> Arguments:
-        tokens = torch.from_numpy(zipf_tokens(batch * SEQ, VOCAB)).view(batch, SEQ)
-        bound = HIDDEN**-0.5
-        weight = torch.randn(VOCAB, HIDDEN)
-        shapes = ((3 * HIDDEN, HIDDEN), (3 * HIDDEN, HIDDEN), (3 * HIDDEN,), (3 * HIDDEN,))
-        weights = [torch.empty(*s).uniform_(-bound, bound) for s in shapes]
-        return tuple(t.to(device) for t in (tokens, weight, *weights))
+        tokens = torch.from_numpy(zipf_tokens(batch * length, VOCAB)).view(batch, length)
+        embedding = torch.randn(VOCAB, hidden)
+        return tuple(t.to(device) for t in (tokens, embedding, *weights(hidden)))
 
     return build
 
 
-def plain(tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
-    """What nn.Embedding and nn.GRU(batch_first=True) run, without the cost of the modules."""
-    embedded = functional.embedding(tokens, weight)
-    h0 = embedded.new_zeros(1, tokens.shape[0], HIDDEN)
-    return torch._VF.gru(embedded, h0, weights, True, 1, 0.0, True, False, True)[0]
+def make_dense(batch: int, length: int, hidden: int) -> Callable[[str], Arguments]:
+    def build(device: str) -> Arguments:
+        input = torch.randn(batch, length, hidden)
+        return tuple(t.to(device) for t in (input, *weights(hidden)))
+
+    return build
 
 
-def ours(tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+def plain_dense(input: Tensor, *weights: Tensor) -> Tensor:
+    """What nn.GRU(batch_first=True) runs, without the cost of the module."""
+    h0 = input.new_zeros(1, input.shape[0], weights[1].shape[1])
+    return torch._VF.gru(input, h0, weights, True, 1, 0.0, True, False, True)[0]
+
+
+def plain_tokens(tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+    return plain_dense(functional.embedding(tokens, weight), *weights)
+
+
+def dense(input: Tensor, *weights: Tensor) -> Tensor:
+    return fastlm.gru(input, None, weights, batch_first=True)[0]
+
+
+def tokens(tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
     return fastlm.embedding_gru(tokens, weight, *weights)[0]
 
 
-def flops(batch: int) -> float:
+def token_flops(batch: int, length: int, hidden: int) -> float:
     """Forward, dinput, dweight: the recurrence, and the projection of each distinct token."""
-    unique = len(set(zipf_tokens(batch * SEQ, VOCAB).tolist()))
-    return 3 * 2.0 * HIDDEN * 3 * HIDDEN * (batch * SEQ + unique)
+    unique = len(set(zipf_tokens(batch * length, VOCAB).tolist()))
+    return 3 * 2.0 * hidden * 3 * hidden * (batch * length + unique)
 
 
-CASES = [
-    Case(
-        op="embedding_gru",
-        name=f"B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}",
-        make=make(batch),
-        ours=ours,
-        plain=plain,
+def dense_flops(batch: int, length: int, hidden: int) -> float:
+    return 3 * 2.0 * hidden * 3 * hidden * 2 * batch * length
+
+
+def case(op: str, batch: int, length: int, hidden: int) -> Case:
+    embeds = op == "embedding_gru"
+    return Case(
+        op=op,
+        name=f"B{batch}-T{length}-H{hidden}" + (f"-V{VOCAB}" if embeds else "") + FORCED,
+        make=(make_tokens if embeds else make_dense)(batch, length, hidden),
+        ours=tokens if embeds else dense,
+        plain=plain_tokens if embeds else plain_dense,
         compiles=False,  # torch.compile unrolls the recurrence: minutes of compiling
-        flops=flops(batch),
-        unit_count=batch * SEQ,
-        reach="mean >= 1.8, each >= 1.0",
-        group="embedding_gru fwd+bwd",
+        flops=(token_flops if embeds else dense_flops)(batch, length, hidden),
+        unit_count=batch * length,
+        reach=f"mean >= {2.0 if embeds else 1.3}, each >= 1.0",
+        group=f"{op} fwd+bwd",
     )
-    for batch in (1, 4, 16, 64)
-]
 
 
-def make_planned(batch: int, distinct: bool) -> Callable[[str], Arguments]:
-    """As `make`, with the plan that a data loader would have made; or no token twice."""
-
-    def build(device: str) -> Arguments:
-        tokens, *rest = make(batch)(device)
-        if distinct:
-            tokens = torch.randperm(VOCAB)[: batch * SEQ].view(batch, SEQ).to(device)
-        return (fastlm.token_plan(tokens, VOCAB), tokens, *rest)
-
-    return build
+def usual(batch: int, length: int, hidden: int) -> bool:
+    return length == 64 and (hidden == 512 or batch in (1, 16))
 
 
-def without_plan(dedupe: str) -> Callable[..., Tensor]:
-    return lambda plan, tokens, weight, *w: fastlm.embedding_gru(tokens, weight, *w, dedupe=dedupe)[
-        0
-    ]
+SHAPES = [(b, t, h) for h in (256, 512, 1024) for t in (64, 256) for b in (1, 4, 16, 64)]
+CASES = [case(op, *shape) for op in ("embedding_gru", "gru") for shape in SHAPES]
+USUAL = {case(op, *s).id for op in ("embedding_gru", "gru") for s in SHAPES if usual(*s)}
 
 
-CASES += [
-    Case(
-        op="embedding_gru",
-        name=f"{'distinct' if distinct else 'planned'}-B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}",
-        make=make_planned(batch, distinct),
-        ours=lambda plan, tokens, weight, *w: fastlm.embedding_gru(tokens, weight, *w, plan=plan)[
-            0
-        ],
-        plain=lambda plan, *args: plain(*args),
-        compiles=False,
-        others={"unplanned": without_plan("auto"), "off": without_plan("off")},
-        flops=flops(batch) if not distinct else 3 * 4.0 * HIDDEN * 3 * HIDDEN * batch * SEQ,
-        unit_count=batch * SEQ,
-        reach="unplanned >= 1.0, off >= 1.0",
-    )
-    for batch, distinct in ((1, False), (32, False), (32, True))
-]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = [c for c in CASES if metafunc.config.option.grid or c.id in USUAL]
+    metafunc.parametrize("case", chosen, ids=[f"{c.op}-{c.name}" for c in chosen])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_embedding_gru(case: Case, race: Callable[[Case], None]) -> None:
     race(case)

@@ -1,4 +1,4 @@
-"""Plans of tokens distributed as in text, made as a data loader makes them."""
+"""Plans of tokens distributed as in text, made as a data loader makes them, and what they save."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from bench_embedding_gru import VOCAB, make_tokens, plain_tokens, token_flops
 from torch import Tensor
 
 import fastlm
@@ -51,6 +52,54 @@ CASES = [
         reach=">= 2",
     )
     for count, vocab in ((2048, 10000), (65536, 50257), (2048, 256000))
+]
+
+
+SEQ, HIDDEN = 64, 512
+
+
+def make_planned(batch: int, distinct: bool) -> Callable[[str], Arguments]:
+    """With the plan that a data loader would have made; or no token twice."""
+
+    def build(device: str) -> Arguments:
+        tokens, *rest = make_tokens(batch, SEQ, HIDDEN)(device)
+        if distinct:
+            tokens = torch.randperm(VOCAB)[: batch * SEQ].view(batch, SEQ).to(device)
+        return (fastlm.token_plan(tokens, VOCAB), tokens, *rest)
+
+    return build
+
+
+def planned(plan: fastlm.TokenPlan, tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+    return fastlm.embedding_gru(tokens, weight, *weights, plan=plan)[0]
+
+
+def without_plan(dedupe: str) -> Callable[..., Tensor]:
+    return lambda plan, tokens, weight, *w: fastlm.embedding_gru(tokens, weight, *w, dedupe=dedupe)[
+        0
+    ]
+
+
+def flops(batch: int, distinct: bool) -> float:
+    if distinct:
+        return 3 * 4.0 * HIDDEN * 3 * HIDDEN * batch * SEQ
+    return token_flops(batch, SEQ, HIDDEN)
+
+
+CASES += [
+    Case(
+        op="embedding_gru",
+        name=f"{'distinct' if distinct else 'planned'}-B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}",
+        make=make_planned(batch, distinct),
+        ours=planned,
+        plain=lambda plan, *args: plain_tokens(*args),
+        compiles=False,
+        others={"unplanned": without_plan("auto"), "off": without_plan("off")},
+        flops=flops(batch, distinct),
+        unit_count=batch * SEQ,
+        reach="unplanned >= 1.0, off >= 1.0",
+    )
+    for batch, distinct in ((1, False), (32, False), (32, True))
 ]
 
 

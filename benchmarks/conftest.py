@@ -40,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--no-memory", action="store_true", help="leave peak memory out")
     group.addoption(
+        "--grid", action="store_true", help="every shape of the GRU, not the usual ones"
+    )
+    group.addoption(
         "--time-limit",
         type=float,
         default=float("inf"),

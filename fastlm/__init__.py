@@ -5,8 +5,10 @@ from .dispatch import backends, explain, use_backend
 from .ops.attention.mask import AttnMask
 from .ops.attention.op import attention
 from .ops.cross_entropy.op import cross_entropy
-from .ops.embedding_gru.public import embedding_gru, gru
+from .ops.embedding_gru.public import embedding_gru
+from .ops.embedding_gru.stack import gru
 from .ops.embedding_gru.token_plan import TokenPlan, token_plan
+from .ops.generation.public import Generated, generate, generation_logprobs
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.linear_kl_div.op import linear_kl_div
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttnMask",
+    "Generated",
     "LinearCrossEntropyOptions",
     "PackedRows",
     "TokenLogprobs",
@@ -48,6 +51,8 @@ __all__ = [
     "entropy",
     "explain",
     "gae",
+    "generate",
+    "generation_logprobs",
     "group_advantages",
     "gru",
     "kl_estimate",

@@ -109,6 +109,22 @@ def select(op: str, which: str, named: dict[str, Any]) -> Callable[..., Any]:
     raise RuntimeError(f"fastlm.{op}: no backend takes this {which} call{why}")
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or FASTLM_BACKEND asks for."""
+    return _forced
+
+
+def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
+    """The backend that would run this call, without running it."""
+    return _explain(op, which, named, _forced).chosen
+
+
+def note(op: str, chosen: str, others: dict[str, str]) -> None:
+    """For `explain`: a choice made above the torch op, with the reasons against the others."""
+    if _trace is not None:
+        _trace.append(Explanation(op, "forward", {**others, chosen: None}, chosen))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What every backend says to one call of one torch op, and which one runs."""

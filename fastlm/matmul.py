@@ -1,5 +1,8 @@
 """Matrix products with float32 sums: PyTorch's, or our own where PyTorch's are slow.
 
+On a GPU half-precision operands go to PyTorch's products as they are and come out in float32, where
+this PyTorch has them (`library_into`); elsewhere the caller widens them.
+
 PyTorch multiplies float32 by MKL, which on a processor that is not Intel's uses vectors of 256
 bits. AMD's from Zen 5 on work on 512 at full rate, so the compiled product is about twice as fast
 there (benchmarks/LOG.md, 2026-11-26). It also takes bfloat16 operands as they are, and every
@@ -8,17 +11,21 @@ element of its result depends on its row and its column alone: not on threads, n
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import extension
 
-#: whether the compiled product is the faster one on this machine
-own_is_faster: bool = (
-    extension.unavailable is None
-    and torch.backends.mkl.is_available()
-    and extension.raw("mkl_is_slow")()
-)
+
+@functools.lru_cache
+def own_is_faster() -> bool:
+    """Whether the compiled product is the faster one on this machine."""
+    if extension.unavailable or not torch.backends.mkl.is_available():
+        return False
+    return extension.raw("mkl_is_slow")()
+
 
 # smaller results leave most of a tile empty; a shorter sum is not worth packing for
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 8, 24, 16
@@ -45,9 +52,9 @@ def own_into(
     return out
 
 
-def takes_mixed(dtype: torch.dtype) -> bool:
-    """Whether `into` takes operands of this dtype for a float32 result."""
-    return own_is_faster and dtype == torch.bfloat16
+def takes_mixed(operand: Tensor) -> bool:
+    """Whether `into` takes operands like this one, in half precision, for a float32 result."""
+    return own_is_faster() and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
 
 
 def _suits_own(out: Tensor, depth: int) -> bool:
@@ -60,7 +67,7 @@ def into(
 ) -> Tensor:
     """As `plain_into`, by the faster of the two; operands as `takes_mixed` says."""
     depth = a.shape[1]
-    own = own_is_faster and out.dtype == torch.float32 and out.device.type == "cpu"
+    own = own_is_faster() and out.dtype == torch.float32 and out.device.type == "cpu"
     if own and out.stride(1) == 1 and depth > 0:
         if a.dtype != out.dtype or b.dtype != out.dtype or _suits_own(out, depth):
             return own_into(out, a, b, bias, accumulate=accumulate)
@@ -76,3 +83,65 @@ def plain(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def fastest(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `plain`, by the faster of the two."""
     return into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
+
+
+def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `plain`; a row of the result does not depend on the rows around it.
+
+    MKL computes the last one to three of a few rows by another kernel, which rounds differently."""
+    count = a.shape[0]
+    if a.device.type == "cpu" and count < 64 and count % 4:
+        a = torch.nn.functional.pad(a, (0, 0, 0, -count % 4))
+    return plain(a, b, bias)[:count]
+
+
+def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `plain_each_row`, by one of the two for all numbers of rows."""
+    own = own_is_faster() and a.dtype == torch.float32 and a.device.type == "cpu"
+    if own and a.shape[1] > 0:
+        return own_into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
+    return plain_each_row(a, b, bias)
+
+
+def _wide_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+def _wide_addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+
+
+@functools.lru_cache
+def _has(product: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tried once: which dtypes these products take depends on the version of PyTorch."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        globals()[product](out, a, a)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def library_takes_mixed(operand: Tensor) -> bool:
+    """Whether `library_into` takes operands like this one for a float32 result."""
+    return _has("_wide_mm", operand.dtype, operand.device)
+
+
+def library_into(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
+    """As `plain_into`, by PyTorch; a and b of one dtype, that of out or as
+    `library_takes_mixed` says."""
+    if a.dtype == out.dtype:
+        return plain_into(out, a, b, bias, accumulate=accumulate)
+    if not accumulate:
+        _wide_mm(out, a, b)
+        return out if bias is None else out.add_(bias)
+    if _has("_wide_addmm", a.dtype, a.device):
+        _wide_addmm(out, a, b)
+        return out
+    part = torch.empty_like(out)
+    _wide_mm(part, a, b)
+    return out.add_(part)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import fastlm
 from fastlm import testing
-from fastlm.ops.embedding_gru import cpu_kernels
+from fastlm.ops.embedding_gru import cpu_kernels, sequences
 
 V = 11  # of 24 tokens, so that some rows are absent and most occur more than once
 OPTIONS: list[dict[str, Any]] = [
@@ -118,6 +118,111 @@ def test_both_directions(
         testing.check(ours, plain, (tokens, h0, *(f.detach() for f in floats)))
 
 
+LENGTHS = (4, 0, 6, 1)
+
+
+def alone(
+    x: Tensor, h0: Tensor, reset: Tensor | None, batch_first: bool, *w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both directions of torch's GRU over the first LENGTHS steps of each row, zero behind them;
+    a reset cuts a row in two, of which only the outer ends know the state that was given."""
+    rows = x if batch_first else x.transpose(0, 1)
+    outs, lasts = [], []
+    for row, length, h in zip(rows, LENGTHS, h0.unbind(1), strict=True):
+        cuts = [] if reset is None else [n for n in range(1, length) if reset[len(outs), n]]
+        bounds = [0, *cuts, length] if length else []
+        parts, ends = [], []
+        for a, b in itertools.pairwise(bounds):
+            state = torch.stack((h[0] * (a == 0), h[1] * (b == length)))[:, None]
+            part, end = torch.gru(row[None, a:b], state, list(w), True, 1, 0.0, False, True, True)
+            parts.append(part[0])
+            ends.append(end[:, 0])
+        pad = row.new_zeros(row.shape[0] - length, 2 * h.shape[-1])
+        outs.append(torch.cat((*parts, pad)))
+        lasts.append(torch.stack((ends[-1][0], ends[0][1])) if ends else h)
+    out = torch.stack(outs)
+    return out if batch_first else out.transpose(0, 1), torch.stack(lasts, 1)
+
+
+@pytest.mark.parametrize("on_gpu", (False, True))
+@pytest.mark.parametrize("planned, with_reset", [(False, False), (True, True)])
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("dedupe", DEDUPE)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "none")
+def test_options_with_lengths(
+    options: dict, dedupe: str, batch_first: bool, planned: bool, with_reset: bool, on_gpu: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In both directions, and in the layout that a GPU gets, where no length is read."""
+    tokens = tokens_of() if batch_first else tokens_of().t()
+    model = fastlm.nn.EmbeddingGRU(
+        V, 8, 9, batch_first=batch_first, bidirectional=True, dedupe=dedupe, **options
+    )
+    names, floats = zip(*model.named_parameters(), strict=True)
+    plan = fastlm.token_plan(tokens, V) if planned else None
+    rows = torch.zeros(4, 6, dtype=torch.bool)
+    rows[0, 2] = rows[2, 0] = rows[2, 3] = rows[3, 1] = True
+    # a start at the first token of a row forgets the state that was given: not in `alone`
+    rows[2, 0] = False
+    reset = (rows if batch_first else rows.t()) if with_reset else None
+    lengths = torch.tensor(LENGTHS)
+    if on_gpu:
+        whole = sequences.Layout(4, None, None if reset is None else reset.byte(), None, lengths)
+        monkeypatch.setattr(sequences, "layout", lambda *_: whole)
+
+    def ours(tokens: Tensor, h0: Tensor, weight: Tensor, *w: Tensor) -> tuple:
+        torch.manual_seed(5)
+        values = dict(zip(names, (Densify.apply(weight), *w), strict=True))
+        how = {"lengths": lengths, "plan": plan, "reset": reset}
+        return torch.func.functional_call(model, values, (tokens, h0), how)
+
+    def plain(tokens: Tensor, h0: Tensor, weight: Tensor, *w: Tensor) -> tuple:
+        x = embed(tokens, weight, **options)
+        return alone(x, h0, rows if with_reset else None, batch_first, *w)
+
+    h0 = torch.randn(2, 4, 9)
+    testing.check(ours, plain, (tokens, h0, *(f.detach() for f in floats)))
+
+
+@pytest.mark.parametrize("on_gpu", (False, True))
+@pytest.mark.parametrize("bidirectional", (False, True))
+@pytest.mark.parametrize("dedupe", DEDUPE)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "none")
+def test_options_with_documents(
+    options: dict, dedupe: str, bidirectional: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokens_of().flatten()
+    offsets = torch.tensor([0, 3, 3, 20, 24]).int()
+    ends = offsets.tolist()
+    model = fastlm.nn.EmbeddingGRU(V, 8, 9, bidirectional=bidirectional, dedupe=dedupe, **options)
+    names, floats = zip(*model.named_parameters(), strict=True)
+    if on_gpu:
+        whole = sequences.Layout(4, None, sequences.one_row(offsets, 24), offsets)
+        monkeypatch.setattr(sequences, "layout", lambda *_: whole)
+
+    def ours(ids: Tensor, weight: Tensor, *w: Tensor) -> tuple:
+        torch.manual_seed(5)
+        values = dict(zip(names, (Densify.apply(weight), *w), strict=True))
+        return torch.func.functional_call(model, values, (ids,), {"cu_seqlens": offsets})
+
+    def plain(ids: Tensor, weight: Tensor, *w: Tensor) -> tuple:
+        x = embed(ids, weight, **options)
+        h0 = x.new_zeros(2 if bidirectional else 1, 9)
+        outs, lasts = [], []
+        for a, b in itertools.pairwise(ends):
+            out, last = x.new_zeros(0, 9 * len(h0)), h0
+            if b > a:
+                out, last = torch.gru(
+                    x[None, a:b], h0[:, None], list(w), True, 1, 0.0, False, bidirectional, True
+                )
+                out, last = out[0], last[:, 0]
+            outs.append(out)
+            lasts.append(last)
+        return torch.cat(outs), torch.stack(lasts, 1)
+
+    testing.check(ours, plain, (ids, *(f.detach() for f in floats)))
+
+
 def test_both_directions_without_batch_bias_or_state() -> None:
     for bias in (True, False):
         model = fastlm.nn.EmbeddingGRU(V, 8, 9, 2, bias, bidirectional=True)
@@ -127,7 +232,7 @@ def test_both_directions_without_batch_bias_or_state() -> None:
         for a, b in zip(model(ids), gru(model.embedding(ids)), strict=True):
             torch.testing.assert_close(a, b)
         documents = [torch.randint(0, V, (n,)) for n in (3, 1, 5)]
-        out, h_n = model(torch.cat(documents), cu_seqlens=torch.tensor([0, 3, 4, 9]))
+        out, h_n = model(torch.cat(documents), cu_seqlens=torch.tensor([0, 3, 4, 9]).int())
         alone = [model(d) for d in documents]
         torch.testing.assert_close(out, torch.cat([a[0] for a in alone]))
         torch.testing.assert_close(h_n, torch.stack([a[1] for a in alone], 1))

@@ -42,6 +42,21 @@ def torch_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, 1), h[None]
 
 
+# documents of 4, 0, 1 and 4 tokens; read on the host
+OFFSETS = (0, 4, 4, 5, 9)
+
+
+def documents_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+    return fastlm.gru(x, None, flat, cu_seqlens=torch.tensor(OFFSETS, dtype=torch.int32))
+
+
+def torch_documents_gru(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = [b - a for a, b in zip(OFFSETS[:-1], OFFSETS[1:], strict=True)]
+    zero = x.new_zeros(1, 1, flat[1].shape[1])
+    done = [torch_gru(d[None], *flat) if len(d) else (zero[:, :0], zero) for d in x.split(lengths)]
+    return torch.cat([out[0] for out, _ in done]), torch.cat([h_n for _, h_n in done], 1)
+
+
 def logprobs(logits: Tensor, target: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
@@ -82,6 +97,7 @@ class Op:
     ours: Callable[..., Any]
     plain: Callable[..., Any]
     registered: tuple[str, ...] = ()  # torch ops beneath, for their backends
+    public: str = ""  # the function, where its name is not that of the op
 
 
 TARGET = torch.tensor([0, 32, 5, 7, 11])
@@ -129,6 +145,9 @@ OPS = {
         lambda x, *flat: fastlm.gru(x, None, flat, batch_first=True),
         torch_gru,
     ),
+    "ragged_gru": Op(
+        lambda: [randn(9, 7), *weights(7, 9)], documents_gru, torch_documents_gru, public="gru"
+    ),
     "embedding_gru": Op(
         lambda: [TARGET.expand(3, 5), randn(33, 7), *weights(7, 9)],
         lambda tokens, weight, *flat: fastlm.embedding_gru(tokens, weight, *flat)[0],
@@ -160,6 +179,8 @@ def arguments(op: Op, dtype: torch.dtype, device: str) -> list[Any]:
 
 
 def present(name: str) -> None:
+    if name in OPS:
+        name = OPS[name].public or name
     if not hasattr(fastlm, name):
         pytest.skip(f"not in this build: fastlm.{name}")
 
@@ -200,6 +221,26 @@ def test_decoder_is_the_forward(device: str) -> None:
     torch.testing.assert_close(h, model(tokens)[1].detach())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_generation(device: str) -> None:
+    body = fastlm.nn.EmbeddingGRU(33, 7, 9, num_layers=2).to(device)
+    head = torch.nn.Linear(9, 33).to(device)
+    decoder = fastlm.nn.GRUDecoder(body, head)
+    prompts = torch.tensor([[1, 2], [3, 4]], device=device)
+    made = fastlm.generate(decoder, prompts, 6, stop=5, seed=1, save_for_backward=True)
+    again = fastlm.generation_logprobs(decoder, prompts, made.tokens)
+    live = made.tokens != -100
+    read = torch.cat([prompts, made.tokens.clamp(min=0)], 1)
+    scores = head(body(read[:, :-1])[0])[:, 1:].log_softmax(-1)
+    want = scores.gather(-1, made.tokens.clamp(min=0)[..., None])[..., 0] * live
+    parameters = [*body.parameters(), *head.parameters()]
+    theirs = torch.autograd.grad(want.sum(), parameters)
+    for logprobs in (made.logprobs, again):
+        torch.testing.assert_close(logprobs, want)
+        for a, b in zip(torch.autograd.grad(logprobs.sum(), parameters), theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.gpu
 @no_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -225,8 +266,9 @@ def test_forced_gpu_backends_agree_too(name: str, dtype: torch.dtype) -> None:
 
 def test_every_op_with_a_torch_op_is_listed_here() -> None:
     """A new op must come with a line above."""
-    # sample is tested above; gru_step, which has no gradient, through the decoder
-    hidden = {"sample", "sampling", "gru_step"}
+    # tested above by tests of their own; steps of decoding, which have no gradient, by the decoder
+    own = {"sample", "sampling", "generation", "generation_logprobs"}
+    hidden = {*own, "gru_step", "generation_step"}
     covered = {*OPS, *hidden}
     for name in dispatch._OPS:
         beneath = name.startswith("library_test") or name.endswith("row_statistics")

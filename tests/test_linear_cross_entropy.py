@@ -407,14 +407,15 @@ def test_layouts(backend):
 
 def test_rows_of_a_chunk():
     mib = 1 << 20
-    assert chunk_rows(2048, 10000, 4, 0, "cpu") == 256  # 10 MiB: 4.2% of three tensors of logits
-    assert chunk_rows(100, 10, 4, 0, "cpu") == 100
-    assert chunk_rows(65, 10, 4, 640, "cpu") == 13  # 16 rows fit, 5 chunks: all equal
-    assert chunk_rows(10, 1 << 20, 4, 1, "cpu") == 1
-    assert chunk_rows(0, 10, 4, mib, "cpu") == 0
+    cpu = torch.device("cpu")
+    assert chunk_rows(2048, 10000, 4, 0, cpu) == 256  # 10 MiB: 4.2% of three tensors of logits
+    assert chunk_rows(100, 10, 4, 0, cpu) == 100
+    assert chunk_rows(65, 10, 4, 640, cpu) == 13  # 16 rows fit, 5 chunks: all equal
+    assert chunk_rows(10, 1 << 20, 4, 1, cpu) == 1
+    assert chunk_rows(0, 10, 4, mib, cpu) == 0
     for rows, classes in itertools.product((1, 63, 1000, 9999), (3, 50257)):
         for limit in (1, mib, 100 * mib):
-            chunk = chunk_rows(rows, classes, 4, limit, "cpu")
+            chunk = chunk_rows(rows, classes, 4, limit, cpu)
             assert chunk == 1 or chunk * classes * 4 <= limit
 
 

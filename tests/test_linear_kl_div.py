@@ -12,11 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm import testing
-from fastlm.ops.linear_kl_div import loop
+from fastlm import dispatch, testing
+from fastlm.dispatch import ready
+from fastlm.ops.linear_kl_div import loop, op, reference
 
 KINDS = ("forward", "reverse", "jsd")
 FLOAT64 = torch.float64
+BACKENDS = ready("linear_kl_div")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with fastlm.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def widest(backend):
+    """What the backend takes at most; the truth is float64."""
+    return FLOAT64 if backend == "reference" else torch.float32
 
 
 def chunked(rows: int, classes: int, itemsize: int = 8) -> fastlm.LinearCrossEntropyOptions:
@@ -71,20 +85,22 @@ def plain(divergence="forward", beta=0.5, temperature=1.0, reduction="mean", mas
 
 
 def agree(ours, plain, args):
-    """In float64, whose truth is itself rounded: value and gradients to 7 digits."""
+    """Value and gradients, plain in float64, to the digits of the arguments' dtype."""
     results = []
-    for run in (ours, plain):
-        leaves = [a.clone().requires_grad_() for a in args[:3]]
-        value = run(*leaves, *args[3:])
-        upstream = torch.linspace(-1, 2, max(1, value.numel()), dtype=FLOAT64)
-        results.append((value, *torch.autograd.grad(value, leaves, upstream.view_as(value))))
+    for run, dtype in ((ours, args[0].dtype), (plain, FLOAT64)):
+        student, weight, bias, *rest = [a.detach().to(dtype) for a in args]
+        leaves = [a.clone().requires_grad_() for a in (student, weight, bias)]
+        value = run(*leaves, *rest)
+        upstream = torch.linspace(-1, 2, max(1, value.numel()), dtype=dtype).view_as(value)
+        found = (value, *torch.autograd.grad(value, leaves, upstream))
+        results.append([x.to(args[0].dtype) for x in found])
     torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (7, 5, 3, 33), (70, 9, 17, 129)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (7, 5, 3, 33), (70, 9, 17, 129), (3, 4, 4, 9001)])
 @pytest.mark.parametrize("divergence", KINDS)
-def test_as_accurate_as_plain(divergence, shape, dtype):
+def test_as_accurate_as_plain(backend, divergence, shape, dtype):
     for reduction in ("mean", "none"):
         options = {"divergence": divergence, "reduction": reduction}
         testing.check(ours(**options), plain(**options), make(*shape, dtype))
@@ -92,9 +108,9 @@ def test_as_accurate_as_plain(divergence, shape, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("divergence", KINDS)
-def test_options_and_chunks(divergence, reduction):
+def test_options_and_chunks(backend, widest, divergence, reduction):
     options = {"divergence": divergence, "temperature": 1.7, "reduction": reduction, "beta": 0.3}
-    args = make(11, 4, 6, 10, FLOAT64)
+    args = make(11, 4, 6, 10, widest)
     for rows in (1, 4, 11):
         by_rows = fastlm.LinearCrossEntropyOptions(batch_chunk_size=rows)
         for chunks in (chunked(rows, 10), by_rows):
@@ -114,7 +130,7 @@ def test_the_docstring():
 
 
 @pytest.mark.parametrize("divergence", KINDS)
-def test_one_class_is_certain(divergence):
+def test_one_class_is_certain(backend, divergence):
     args = [a.requires_grad_() for a in make(3, 2, 2, 1, torch.float32)]
     loss = ours(divergence=divergence)(*args)
     loss.backward()
@@ -137,27 +153,31 @@ def test_gradcheck(divergence):
             assert torch.autograd.gradcheck(run, [per_token, *leaves])
 
 
-def test_ends_of_beta():
-    args = make(5, 3, 4, 7, FLOAT64)
+def test_ends_of_beta(backend, widest):
+    args = make(5, 3, 4, 7, widest)
     for beta, other in ((0, "forward"), (1, "reverse")):
         assert torch.equal(ours(divergence="jsd", beta=beta)(*args), ours(divergence=other)(*args))
-    nearly = ours(divergence="jsd", beta=1e-7)(*args) / 1e-7
-    torch.testing.assert_close(nearly, ours()(*args), rtol=1e-5, atol=0)
+    for beta in (1e-7, 1e-3, 1 - 1e-3):
+        agree(ours(divergence="jsd", beta=beta), plain("jsd", beta), args)
+    # where one of the distributions hardly counts, the other's divergence stays finite
+    for beta in (1e-30, 1 - 1e-12):
+        assert bool(ours(divergence="jsd", beta=beta)(*args).isfinite())
 
 
-def test_jsd_is_bounded_and_symmetric():
-    student, weight, bias, teacher, teacher_weight, teacher_bias = make(5, 3, 4, 7, FLOAT64)
+def test_jsd_is_bounded_and_symmetric(backend, widest):
+    student, weight, bias, teacher, teacher_weight, teacher_bias = make(5, 3, 4, 7, widest)
     far = ours(divergence="jsd", reduction="none")(
         100 * student, weight, bias, 100 * teacher, teacher_weight, teacher_bias
     )
-    assert bool((far >= 0).all()) and bool((far <= math.log(2) + 1e-12).all())
+    last_digits = testing.FLOOR_EPS * torch.finfo(widest).eps
+    assert bool((far >= -last_digits).all()) and bool((far <= math.log(2) + last_digits).all())
     there = ours(divergence="jsd")(student, weight, bias, teacher, teacher_weight, teacher_bias)
     back = ours(divergence="jsd")(teacher, teacher_weight, teacher_bias, student, weight, bias)
     torch.testing.assert_close(there, back)
 
 
 @pytest.mark.parametrize("divergence", KINDS)
-def test_equal_models_have_no_gradient(divergence):
+def test_equal_models_have_no_gradient(backend, divergence):
     student, weight, bias, *_ = make(5, 3, 4, 7, torch.float32)
     leaves = [x.clone().requires_grad_() for x in (student, weight, bias)]
     loss = ours(divergence=divergence)(*leaves, student, weight, bias)
@@ -168,14 +188,14 @@ def test_equal_models_have_no_gradient(divergence):
 
 @pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_nothing_behind_the_mask_counts(divergence, elsewhere, monkeypatch):
+def test_nothing_behind_the_mask_counts(backend, widest, divergence, elsewhere, monkeypatch):
     """NaN in masked rows of student, teacher and weight; and as on a device, where rows are not
     chosen but zeroed."""
     if elsewhere:
         monkeypatch.setattr(loop, "_on_cpu", lambda value: False)
-    args = make(7, 3, 4, 10, FLOAT64)
+    args = make(7, 3, 4, 10, widest)
     mask = torch.tensor([1, 0, 1, 1, 0, 0, 1])
-    per_token = torch.rand(7, dtype=FLOAT64)
+    per_token = torch.rand(7, dtype=widest)
     want_args = [a.requires_grad_() for a in args]
     each = plain(divergence, reduction="none")(*want_args)
     want = (each * per_token)[mask == 1].sum() / 4
@@ -197,7 +217,7 @@ def test_nothing_behind_the_mask_counts(divergence, elsewhere, monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("rows", [0, 4])
-def test_no_token_at_all(rows, reduction):
+def test_no_token_at_all(backend, rows, reduction):
     args = [a.requires_grad_() for a in make(rows, 3, 4, 5, torch.float32)]
     loss = ours(mask=torch.zeros(rows), reduction=reduction)(*args)
     loss.backward()
@@ -209,9 +229,9 @@ def test_no_token_at_all(rows, reduction):
 
 
 @pytest.mark.parametrize("divergence", KINDS)
-def test_classes_taken_out(divergence):
+def test_classes_taken_out(backend, widest, divergence):
     """-inf in both biases is a smaller vocabulary; where only the student may, it costs nothing."""
-    args = make(5, 3, 4, 9, FLOAT64)
+    args = make(5, 3, 4, 9, widest)
     kept = torch.tensor([0, 2, 3, 6, 7])
     small = [args[0], args[1][kept], args[2][kept], args[3], args[4][kept], args[5][kept]]
     small = [a.requires_grad_() for a in small]
@@ -232,7 +252,7 @@ def test_classes_taken_out(divergence):
     assert bool(value.isfinite()) == (divergence != "reverse")
 
 
-def test_large_logits():
+def test_large_logits(backend):
     args = make(6, 4, 4, 50, torch.float32)
     args[0] *= 1e4
     leaves = [a.requires_grad_() for a in args]
@@ -243,8 +263,8 @@ def test_large_logits():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_backward_and_upstream(reduction):
-    args = make(6, 3, 4, 9, FLOAT64)
+def test_second_backward_and_upstream(backend, widest, reduction):
+    args = make(6, 3, 4, 9, widest)
     leaves = [a.requires_grad_() for a in args[:3]]
     got = ours(reduction=reduction)(*leaves, *args[3:])
     want = plain(reduction=reduction)(*leaves, *args[3:])
@@ -261,9 +281,9 @@ def test_second_backward_and_upstream(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_frozen_parts(reduction):
+def test_frozen_parts(backend, widest, reduction):
     for learns in ((True, False, False), (False, True, False), (False, False, True)):
-        args = make(6, 3, 4, 9, FLOAT64)
+        args = make(6, 3, 4, 9, widest)
         leaves = [a.requires_grad_(r) for a, r in zip(args, learns, strict=False)]
         learning = [a for a in leaves if a.requires_grad]
         got = ours(reduction=reduction)(*leaves, *args[3:]).sum()
@@ -272,7 +292,7 @@ def test_frozen_parts(reduction):
         torch.testing.assert_close(found, torch.autograd.grad(want, learning))
 
 
-def test_no_gradient_for_the_teacher():
+def test_no_gradient_for_the_teacher(backend):
     student, weight, _, *teacher = [a.requires_grad_() for a in make(6, 3, 4, 9, torch.float32)]
     for reduction in ("sum", "none"):
         loss = fastlm.linear_kl_div(
@@ -285,8 +305,8 @@ def test_no_gradient_for_the_teacher():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivative_is_refused(reduction):
-    args = [a.requires_grad_() for a in make(3, 2, 2, 4, FLOAT64)]
+def test_second_derivative_is_refused(backend, widest, reduction):
+    args = [a.requires_grad_() for a in make(3, 2, 2, 4, widest)]
     loss = ours(reduction=reduction)(*args).sum()
     (grad,) = torch.autograd.grad(loss, args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -304,8 +324,8 @@ def test_teacher_of_another_dtype():
         ours()(*(x.double() for x in (student, weight, bias)), *half)
 
 
-def test_shapes_and_layouts():
-    student, weight, bias, teacher, *head = make(6, 3, 4, 9, FLOAT64)
+def test_shapes_and_layouts(backend, widest):
+    student, weight, bias, teacher, *head = make(6, 3, 4, 9, widest)
     want = ours(reduction="none")(student, weight, bias, teacher, *head)
     cube = ours(reduction="none")(student.view(2, 3, 3), weight, bias, teacher.view(2, 3, 4), *head)
     assert torch.equal(cube, want.view(2, 3))
@@ -318,7 +338,7 @@ def test_shapes_and_layouts():
     torch.testing.assert_close(vector, want[0])
 
 
-def test_every_element_is_written(poisoned):
+def test_every_element_is_written(backend, poisoned):
     for dtype in (torch.float32, torch.bfloat16):
         for mask in (None, torch.tensor([1, 0, 1, 1, 0, 1, 1, 1, 0])):
             args = [a.requires_grad_() for a in make(9, 5, 4, 30, dtype)]
@@ -347,12 +367,102 @@ def test_compile(reduction, masked):
         torch.testing.assert_close(found, torch.autograd.grad(want, (x, weight)))
 
 
-def test_opcheck():
+def test_opcheck(backend):
     args = make(5, 3, 4, 7, torch.float32)
     keep = torch.tensor([True, False, True, True, True])
     for row_weight, needs in ((torch.randn(5), (True, False, True)), (None, (False,) * 3)):
         rest = (keep, row_weight, "jsd", 0.3, 0.7, 400, *needs)
         torch.library.opcheck(torch.ops.fastlm.linear_kl_div.default, (*args, *rest))
+
+
+def exactly(value: Tensor) -> Tensor:
+    """NaN and both infinities as 3, 1 and -1; 0 elsewhere."""
+    return value.isnan() * 3 + value.isposinf() * 1 - value.isneginf() * 1
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+def test_what_is_not_finite_is_as_in_the_reference(backend, divergence):
+    """Infinite and NaN logits of either, at the edges of vectors and blocks."""
+    rows, classes = 14, 4096 + 70
+    logits, theirs = torch.randn(2, rows, classes) * 3
+    inf, nan = math.inf, math.nan
+    at = [0, 15, 16, 4095, 4096, classes - 1]
+    for row, (ours_are, theirs_are) in enumerate(
+        [(nan, 0), (0, nan), (inf, 0), (0, inf), (-inf, 0), (0, -inf), (-inf, -inf), (inf, inf)]
+    ):
+        if ours_are:
+            logits[row, at] = ours_are
+        if theirs_are:
+            theirs[row, at] = theirs_are
+    logits[8] = theirs[9] = -inf
+    logits[10, :-1] = theirs[10, :-1] = -inf  # one class is left
+    logits[11, 1:] = theirs[11, :-1] = -inf  # nothing in common
+    logits[12, 7] = theirs[12, 7] = 1e4  # all others underflow
+    logits[13] = theirs[13] = 1e30
+    kernel = {"cpu": op._compiled, "triton": op._triton}.get(backend)
+    if kernel is None:
+        pytest.skip("the reference is what the others are compared with")
+    for factor in (None, torch.linspace(-1, 2, rows)):
+        options = (factor, divergence, 0.3, 0.7)
+        got = kernel(logits.clone(), theirs.clone(), *options)
+        scratch = torch.empty(2, rows, classes)
+        want = reference.divergence(logits.clone(), theirs.clone(), *options, *scratch)
+        for a, b in zip(got[: 1 if factor is None else 2], want, strict=False):
+            assert torch.equal(exactly(a), exactly(b))
+            finite = b.isfinite()
+            torch.testing.assert_close(a[finite], b[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_gives_the_same_bits_alone_and_on_any_number_of_threads(backend):
+    args = make(9, 5, 4, 5000, torch.float32)
+    if backend == "reference":
+        pytest.skip("plain PyTorch promises no order")
+    logits = [F.linear(args[0], args[1]), F.linear(args[3], args[4])]
+    factor = torch.randn(9)
+    kernel = {"cpu": op._compiled, "triton": op._triton}[backend]
+
+    def found(rows, threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        chunk = [x[rows].clone() for x in logits]
+        result = kernel(*chunk, factor[rows].clone(), "jsd", 0.3, 0.7)
+        torch.set_num_threads(before)
+        return result
+
+    everything = found(slice(None), 2)
+    for value, again in zip(everything, found(slice(None), 1), strict=True):
+        assert torch.equal(value, again)
+    for value, alone in zip(everything, found(slice(3, 4), 1), strict=True):
+        assert torch.equal(value[3:4], alone)
+
+
+def test_confident_models(backend):
+    """Most of both on one class."""
+    student, weight, bias, teacher, *head = make(6, 3, 4, 9, torch.float32)
+    bias[2], head[1][2] = 5.0, 7.0
+    for divergence in KINDS:
+        for reduction in ("mean", "none"):
+            options = {"divergence": divergence, "reduction": reduction}
+            testing.check(
+                ours(**options), plain(**options), [student, weight, bias, teacher, *head]
+            )
+
+
+def test_which_backend_takes_a_call():
+    args = make(3, 2, 2, 5, FLOAT64)
+    names = ("student", "student_weight", "teacher", "teacher_weight")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, FLOAT64):
+        layer = [args[i].to(dtype) for i in (0, 1, 3, 4)]
+        call = dict(zip(names, layer, strict=True))
+        (found,) = fastlm.explain("linear_kl_div", **call)
+        compiled = "cpu" in BACKENDS and dtype != FLOAT64
+        assert found.chosen == ("cpu" if compiled else "reference")
+        for name in BACKENDS:
+            if name == "reference" or dtype != FLOAT64:
+                continue
+            with fastlm.use_backend(name), pytest.raises(RuntimeError, match="not float64"):
+                fastlm.linear_kl_div(**call)
+    assert not dispatch._OPS["linear_kl_div"]["triton"].proven
 
 
 def test_autocast_no_grad_and_inference():
@@ -409,6 +519,23 @@ def test_memory_is_a_small_share_of_plains():
         assert peak[which] <= 0.05 * peak["plain"] + 2048, peak
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference's operations hold more")
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("budget", [1 << 19, 1 << 20, 1 << 22])
+def test_chunks_stay_within_the_budget(peak_bytes, divergence, budget):
+    student, weight, _, teacher, head, _ = make(500, 8, 6, 6000, torch.float32)
+    leaves = student.requires_grad_(), weight.requires_grad_()
+    options = fastlm.LinearCrossEntropyOptions(max_memory_bytes=budget)
+
+    def call():
+        options_of_call = {"divergence": divergence, "options": options}
+        loss = fastlm.linear_kl_div(*leaves, teacher, head, **options_of_call)
+        return torch.autograd.grad(loss, leaves)
+
+    gradients = 4 * sum(leaf.numel() for leaf in leaves)
+    assert peak_bytes(call) <= 1.05 * budget + gradients
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -444,3 +571,20 @@ def test_rejects(change, error, message):
     }
     with pytest.raises(error, match="fastlm.linear_kl_div: " + message):
         fastlm.linear_kl_div(**call | change)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_gradients_of_a_scaled_loss(backend, reduction):
+    """As float16 the gradients of a mean over many rows would be subnormal."""
+    x, w = torch.randn(4096, 8).half(), (torch.randn(60, 8) * 1e-3).half()
+    teacher, head = torch.randn(4096, 6).half(), torch.randn(60, 6).half()
+
+    def ours(x, w):
+        return fastlm.linear_kl_div(x, w, teacher, head, reduction=reduction).mean() * 2**16
+
+    def plain(x, w):
+        q = F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1)
+        p = F.linear(teacher.to(x.dtype), head.to(x.dtype)).to(q.dtype).log_softmax(-1)
+        return F.kl_div(q, p, reduction="batchmean", log_target=True) * 2**16
+
+    testing.check(ours, plain, (x, w))

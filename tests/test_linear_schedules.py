@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import fastlm
+from fastlm import matmul
 from fastlm.dispatch import ready
 from fastlm.ops.linear_row_statistics import chunks, slices
 from fastlm.ops.linear_row_statistics.chunks import Layer, chunk_of
@@ -165,21 +165,6 @@ def test_when_tiles_are_taken():
     assert chunk_of(layer._replace(input=torch.empty(0, 16)), 1).tile_bytes == 0
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes of tensors that `call` holds at a time."""
-    call()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = call()
-    del kept
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def products(call: Callable[[], torch.Tensor]) -> float:
     """Operations of the matrix products of a call and its backward."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as recorded:
@@ -199,8 +184,11 @@ def products(call: Callable[[], torch.Tensor]) -> float:
         ("linear_policy_loss", {"loss_type": "gspo"}, 8),
     ],
 )
-def test_operations_in_units_of_rows_features_classes(backend, function, options, want, frozen):
+def test_operations_in_units_of_rows_features_classes(
+    backend, function, options, want, frozen, monkeypatch
+):
     """A frozen head has no product for its gradient."""
+    monkeypatch.setattr(matmul, "own_is_faster", lambda: False)  # PyTorch's are counted
     rows, features, classes = 2 * 20, 32, 48  # one chunk
     x = torch.randn(2, 20, features, requires_grad=True)
     w = torch.randn(classes, features, requires_grad=not frozen)
@@ -236,7 +224,7 @@ def test_same_bits_again(backend, dtype, tiles):
 @pytest.mark.parametrize("dead", [0, 500])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("budget", [MIB // 4, MIB // 2, MIB, 2 * MIB, 5 * MIB, 9 * MIB])
-def test_workspace_stays_within_the_budget(dtype, dead, weighted, budget):
+def test_workspace_stays_within_the_budget(peak_bytes, dtype, dead, weighted, budget):
     rows, classes, features = 1000, 6000, 24
     x = torch.randn(rows, features).to(dtype).requires_grad_()
     w = torch.randn(classes, features).to(dtype).requires_grad_()
@@ -352,7 +340,7 @@ def test_accumulates_into_a_given_tensor(backend, dtype, tiles, function):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference's kernels hold more")
-def test_an_accumulator_saves_the_weights_sum():
+def test_an_accumulator_saves_the_weights_sum(peak_bytes):
     x, w = torch.randn(70, 256).bfloat16(), torch.randn(2000, 256).bfloat16().requires_grad_()
     target, into = torch.randint(0, 2000, (70,)), torch.zeros(2000, 256)
     options = fastlm.LinearCrossEntropyOptions(grad_accum_into=into, max_memory_bytes=3 * MIB)

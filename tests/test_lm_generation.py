@@ -101,6 +101,6 @@ def test_caller_is_outside_inference_mode_and_training_state_returns() -> None:
 
 
 def test_sampling_options_are_those_of_the_op() -> None:
-    with pytest.raises(ValueError, match="fastlm.sample: temperature"):
+    with pytest.raises(ValueError, match="fastlm.generate: temperature"):
         text(model(), temperature=-1.0)
-    assert "sample" in fastlm.__all__
+    assert "generate" in fastlm.__all__

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
+import fastlm
 from fastlm import extension, matmul, testing
 
 pytestmark = pytest.mark.skipif(
@@ -81,7 +83,7 @@ def test_not_finite_values_stay_in_their_row_and_column():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_into_takes_every_shape(own, monkeypatch):
-    monkeypatch.setattr(matmul, "own_is_faster", own)
+    monkeypatch.setattr(matmul, "own_is_faster", lambda: own)
     for rows, depth, columns in ((0, 3, 4), (3, 0, 40), (1, 64, 64), (64, 64, 1), (16, 32, 48)):
         a, b = torch.randn(rows, depth), torch.randn(depth, columns)
         bias, out = torch.randn(columns), torch.empty(rows, columns)
@@ -92,9 +94,51 @@ def test_into_takes_every_shape(own, monkeypatch):
         doubled = matmul.into(out.double(), a.double(), b.double())
         torch.testing.assert_close(doubled, a.double() @ b.double())
     if own:
-        assert matmul.takes_mixed(torch.bfloat16) and not matmul.takes_mixed(torch.float16)
         half = torch.randn(3, 5).bfloat16()
+        assert matmul.takes_mixed(half) and not matmul.takes_mixed(half.half())
         out = matmul.into(torch.empty(3, 2), half, torch.randn(5, 2))
         assert out.dtype == torch.float32
         empty = matmul.into(torch.empty(3, 2), half[:, :0], torch.randn(0, 2))
         assert bool((empty == 0).all())
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_half_operands_for_a_float32_result(adds, dtype, budget, monkeypatch):
+    """What runs on a GPU whose PyTorch has such products; here they are emulated."""
+    calls = {"mm": 0, "addmm": 0}
+
+    def product(out, a, b):
+        assert a.dtype == b.dtype == dtype and out.dtype == torch.float32
+        return a.float() @ b.float()
+
+    def wide_mm(out, a, b):
+        calls["mm"] += 1
+        out.copy_(product(out, a, b))
+
+    def wide_addmm(out, a, b):
+        calls["addmm"] += 1
+        out.add_(product(out, a, b))
+
+    monkeypatch.setattr(matmul, "_wide_mm", wide_mm)
+    monkeypatch.setattr(matmul, "_wide_addmm", wide_addmm)
+    monkeypatch.setattr(
+        matmul, "_has", lambda name, kind, _: kind == dtype and (adds or name == "_wide_mm")
+    )
+    x, w, bias = torch.randn(100, 24), torch.randn(70, 24) * 0.2, torch.randn(70)
+    target = torch.randint(0, 70, (100,))
+    options = fastlm.LinearCrossEntropyOptions(
+        max_memory_bytes=budget, batch_chunk_size=None if budget else 30
+    )
+
+    def ours(x, w, bias):
+        return fastlm.linear_cross_entropy(x, w, target, linear_bias=bias, options=options)
+
+    def plain(x, w, bias):
+        return functional.cross_entropy(functional.linear(x, w, bias), target)
+
+    with fastlm.use_backend("reference"):
+        testing.check(ours, plain, [value.to(dtype) for value in (x, w, bias)])
+    assert calls["mm"] > 0
+    assert (calls["addmm"] > 0) == adds

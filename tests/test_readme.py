@@ -22,6 +22,7 @@ def test_code_runs() -> None:
         "fastlm": fastlm,
         "hidden": torch.randn(6, 8),
         "head": torch.nn.Linear(8, 11),
+        "vocabulary_head": torch.nn.Linear(512, 10000),
         "target": torch.randint(0, 11, (6,)),
         "tokens": torch.randint(0, 10000, (2, 3)),
         "logits": torch.randn(2, 3, 11),

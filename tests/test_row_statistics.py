@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -350,3 +351,15 @@ def test_target_outside_the_classes_is_nan_in_the_kernels(backend, index):
     backward = dispatch._OPS["row_statistics"][backend].backward
     dlogits = backward(logits, target, None, found[6], found[7], *options)
     assert dlogits[0].isnan().all() and dlogits[1].isfinite().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("size", [1e4, 1e12, 1e30])
+def test_equal_logits_of_any_size_with_a_temperature(size, softcap):
+    logits = torch.full((3, 50), size).requires_grad_()
+    found = fastlm.token_logprobs(
+        logits, torch.tensor([0, 7, 49]), temperature=1 / 0.7, logit_softcapping=softcap
+    )
+    torch.testing.assert_close(found, torch.full((3,), -math.log(50)))
+    (grad,) = torch.autograd.grad(found.sum(), logits)
+    assert bool(grad.isfinite().all())

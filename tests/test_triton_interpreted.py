@@ -28,6 +28,11 @@ TESTS_TO_RUN = (
     "test_token_logprobs.py::test_linear_chunks_do_not_change_the_results",
     "test_linear_cross_entropy.py::test_any_forward_with_any_backward",
     "test_linear_cross_entropy.py::test_every_element_is_written",
+    "test_linear_kl_div.py",
+    "test_embedding_gru.py::test_gru_matches_plain",
+    "test_embedding_gru.py::test_options_do_not_change_the_result",
+    "test_embedding_gru.py::test_any_forward_with_any_backward",
+    "test_triton_embedding_gru.py",
     "test_triton_row_statistics.py",
     "test_triton_interpreter.py",
 )

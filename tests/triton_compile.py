@@ -29,6 +29,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages")
 
@@ -152,8 +153,59 @@ def row_statistics() -> Iterator[Any]:
     yield from recorder.launches
 
 
+def linear_kl_div() -> Iterator[Any]:
+    """Each divergence, with and without a gradient; sizes that specialise and sizes that do not."""
+    from fastlm.ops.linear_kl_div import triton_kernels as kernels
+
+    recorder = Recorder(kernels, "divergence_kernel")
+    for classes in (50304, 1001, 1):
+        value, rows = torch.empty(3), torch.empty(3, classes)
+        for kind in ("forward", "reverse", "jsd"):
+            for factor in (None, torch.empty(3)):
+                kernels.divergence(value, rows, torch.empty_like(rows), factor, kind, 0.3, 0.7)
+    yield from recorder.launches
+
+
+def embedding_gru() -> Iterator[Any]:
+    """Every launch of both passes and of a step of decoding: each dtype of the weights, few rows
+    and many, with and without each tensor that may be missing; sizes that specialise and not."""
+    from fastlm.ops.embedding_gru import triton_kernels as kernels
+
+    names = ("forward_kernel", "backward_kernel", "segment_sum_kernel")
+    recorder = Recorder(kernels, *names)
+    # dtype of the weights, batch, hidden size; index, reset, bias
+    cases = [
+        (d, b, 512, True, True, True) for d in (torch.float32, torch.bfloat16) for b in (64, 256)
+    ]
+    cases += [
+        (torch.float16, 256, 512, True, False, True),
+        (torch.float32, 3, 1, True, True, False),
+    ]
+    cases += [(d, 3, 19, False, True, True) for d in (torch.float16, torch.bfloat16)]
+    for dtype, batch, hidden, shared, resets, bias in cases:
+        tokens, width = 2 * batch, 3 * hidden
+        table, index = torch.empty(tokens, width), torch.zeros(tokens, dtype=torch.int64)
+        reset = torch.zeros(tokens, dtype=torch.uint8) if resets else None
+        w_hh, b_hh = torch.empty(width, hidden, dtype=dtype), torch.empty(width) if bias else None
+        layout = (batch, batch == 64, False)
+        where = index if shared else None
+        output, h_n, gates = kernels.forward(table, where, reset, w_hh, b_hh, None, *layout)
+        saved = (torch.empty_like(output), h_n, where, tokens, reset, w_hh, None, output, gates)
+        kernels.backward(*saved, *layout)
+        step = (index[:batch] if shared else None, w_hh, b_hh, h_n.to(dtype))
+        kernels.step(table[:batch].to(dtype), *step)
+    seen = set()
+    for launch in recorder.launches:
+        # steps differ in numbers that are not specialised
+        kernel, args, named = launch
+        source = _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
+        if (key := source.hash()) not in seen:
+            seen.add(key)
+            yield launch
+
+
 def main() -> None:
-    for launches in (row_statistics,):
+    for launches in (row_statistics, linear_kl_div, embedding_gru):
         for launch in launches():
             for capability in CAPABILITIES:
                 print(json.dumps(resources(launch, capability)), flush=True)

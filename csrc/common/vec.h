@@ -64,6 +64,40 @@ FASTLM_INLINE void store(BFloat16* p, Vec x) {
   *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(bits, VecHalf);
 }
 
+// blocks of `size` lanes taken in turn: the even ones of a and of b, or the odd ones
+#if defined(__AVX512F__)
+#define FASTLM_LANES(m)                                                                          \
+  m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7), m(8), m(9), m(10), m(11), m(12), m(13), m(14), \
+      m(15)
+#elif defined(__AVX2__)
+#define FASTLM_LANES(m) m(0), m(1), m(2), m(3), m(4), m(5), m(6), m(7)
+#else
+#define FASTLM_LANES(m) m(0), m(1), m(2), m(3)
+#endif
+template <int Size>
+FASTLM_INLINE void exchange_blocks(Vec& a, Vec& b) {
+#define FASTLM_EVEN(lane) ((lane) & Size ? (lane) - Size + kLanes : (lane))
+#define FASTLM_ODD(lane) ((lane) & Size ? (lane) + kLanes : (lane) + Size)
+  Vec even = __builtin_shufflevector(a, b, FASTLM_LANES(FASTLM_EVEN));
+  b = __builtin_shufflevector(a, b, FASTLM_LANES(FASTLM_ODD));
+  a = even;
+#undef FASTLM_EVEN
+#undef FASTLM_ODD
+}
+template <int Size>
+FASTLM_INLINE void exchange_all(Vec (&block)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Size)) exchange_blocks<Size>(block[i], block[i + Size]);
+}
+// block[i][j] <-> block[j][i]
+FASTLM_INLINE void transpose(Vec (&block)[kLanes]) {
+  exchange_all<1>(block);
+  exchange_all<2>(block);
+  if constexpr (kLanes > 4) exchange_all<4>(block);
+  if constexpr (kLanes > 8) exchange_all<8>(block);
+}
+
 // the first n < kLanes elements; the others read as `fill`
 template <typename T>
 FASTLM_INLINE Vec load_first(const T* p, int n, float fill) {
@@ -94,7 +128,38 @@ FASTLM_INLINE float reduce_max(Vec x) {
   for (int i = 1; i < kLanes; ++i) m = (b[i] > m || b[i] != b[i]) ? b[i] : m;
   return m;
 }
+// x as it is rounded: what follows must not be fused with the product that made it
+FASTLM_INLINE Vec rounded(Vec x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 FASTLM_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+FASTLM_INLINE Vec select(VecInt mask, Vec a, Vec b) { return mask ? a : b; }
+
+constexpr float kInfinity = __builtin_inff();
+
+// largest of x * sign; NaN is passed over
+template <typename T>
+FASTLM_INLINE float largest_of(const T* x, int64_t count, float sign) {
+  Vec m0 = broadcast(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    m0 = max(load(x + i) * sign, m0);
+    m1 = max(load(x + i + kLanes) * sign, m1);
+    m2 = max(load(x + i + 2 * kLanes) * sign, m2);
+    m3 = max(load(x + i + 3 * kLanes) * sign, m3);
+  }
+  for (; i + kLanes <= count; i += kLanes) m0 = max(load(x + i) * sign, m0);
+  if (i < count) m0 = max(load_first(x + i, int(count - i), -kInfinity * sign) * sign, m0);
+  return reduce_max(max(max(m0, m1), max(m2, m3)));
+}
 
 // the larger and the smaller, one instruction each; a NaN in `x` stays
 FASTLM_INLINE Vec at_least(float low, Vec x) {
@@ -129,6 +194,27 @@ FASTLM_INLINE Vec exp_in_range(Vec x) {
 FASTLM_INLINE Vec exp(Vec x) {
   Vec y = exp_in_range(at_least(-87.3f, x));
   return x < -87.3f ? Vec{} : y;
+}
+// log(1 + x) for finite x > -1 within 2 ulp, NaN stays NaN: the Cephes polynomial of log
+// (S. Moshier) at x itself where 1 + x is near 1.
+FASTLM_INLINE Vec log1p(Vec x) {
+  Vec y = 1.f + x;
+  // y = m 2^e with m in [sqrt(1/2), sqrt(2))
+  VecInt e = ((VecInt)y - 0x3f3504f3) >> 23;
+  Vec f = select(e == 0, x, (Vec)((VecInt)y - (e << 23)) - 1.f);
+  Vec exponent = __builtin_convertvector(e, Vec);
+  Vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  Vec square = f * f;
+  p = p * f * square - exponent * 2.12194440e-4f - 0.5f * square;
+  p = f + p + exponent * 0.693359375f;
+  return x != x ? x : p;
 }
 FASTLM_INLINE Vec sigmoid(Vec x) {
   return 1.f / (1.f + exp_in_range(at_most(87.f, at_least(-87.f, -x))));

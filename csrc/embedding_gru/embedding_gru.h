@@ -6,8 +6,9 @@
 // x_* is a row of `table`, the input projection W_i* x + b_i*: one row for each token, or one for
 // each distinct token, which `index` then chooses. Gate order r, z, n as in torch.nn.GRU.
 //
-// Token (b, t) stands at n = b * batch_stride + t * step_stride in every per-token array, so one
-// kernel serves batch-first and time-first layouts. All arrays are contiguous float32.
+// Token (b, t) stands at n = b * batch_stride + t * step_stride in every per-token array, or where
+// `rows` and `offsets` say, so one kernel serves batch-first, time-first and packed layouts. All
+// arrays are contiguous float32.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,13 @@ struct GruShape {
   int64_t batch, steps, hidden;
   int64_t batch_stride, step_stride;
   bool reverse;  // from the last step to the first
+  // sequences of different lengths, longest first, or all null. Token (b, t) then stands at
+  // rows[b] + offsets[t], step t works on the first counts[t] sequences, and the reverse direction
+  // starts each sequence at its own last token
+  const int64_t* rows;     // [B]
+  const int64_t* lengths;  // [B], falling, 0 allowed
+  const int64_t* offsets;  // [T]
+  const int64_t* counts;   // [T], falling
 };
 
 struct GruForward {
@@ -39,6 +47,7 @@ struct GruForward {
   float* h_n;            // [B, H]
   float* gates;          // [N, 4H]: r, z, n, a; or null when no backward follows
   const float* packed;   // what gru_pack made of w_hh and b_hh, or null: pack them here
+  bool round;            // operands of the recurrent product rounded to bfloat16
   float* workspace;      // gru_forward_workspace floats, 64-byte aligned
 };
 
@@ -56,6 +65,7 @@ struct GruBackward {
   float* dtable;         // [rows, 3H], with `index` zeroed by the caller: dr, dz, dn
   float* dh0;            // [B, H]
   float* dbias;          // [2, 3H]: of b_ih, of b_hh
+  bool round;            // as in the forward
   float* workspace;      // gru_backward_workspace floats, 64-byte aligned
 };
 

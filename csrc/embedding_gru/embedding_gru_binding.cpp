@@ -15,7 +15,7 @@ int64_t gru_packed_size(int64_t hidden) { return 3 * padded(hidden) * (hidden + 
 
 int64_t gru_forward_workspace(const GruShape& s) {
   int64_t width = padded(s.hidden);
-  return gru_packed_size(s.hidden) + 2 * s.batch * (width + kSkew);
+  return gru_packed_size(s.hidden) + 3 * s.batch * (width + kSkew);
 }
 
 int64_t gru_backward_workspace(const GruShape& s) {
@@ -36,9 +36,25 @@ int gru_threads(const GruShape& s, int available) {
 
 namespace {
 
-GruShape shape_of(int64_t batch, int64_t steps, int64_t hidden, bool batch_first, bool reverse) {
-  return batch_first ? GruShape{batch, steps, hidden, steps, 1, reverse}
-                     : GruShape{batch, steps, hidden, 1, batch, reverse};
+// `plan` holds rows [B], lengths [B], offsets [T], counts [T] of a batch of different lengths
+GruShape shape_of(int64_t batch, int64_t tokens, int64_t hidden, bool batch_first, bool reverse,
+                  const std::optional<Tensor>& plan) {
+  GruShape s{};
+  s.batch = batch;
+  s.hidden = hidden;
+  s.reverse = reverse;
+  if (plan) {
+    s.steps = plan->size(0) / 2 - batch;
+    s.rows = static_cast<const int64_t*>(in(plan));
+    s.lengths = s.rows + batch;
+    s.offsets = s.lengths + batch;
+    s.counts = s.offsets + s.steps;
+    return s;
+  }
+  s.steps = tokens / batch;
+  s.batch_stride = batch_first ? s.steps : 1;
+  s.step_stride = batch_first ? 1 : batch;
+  return s;
 }
 
 // sizes come from h_n [B, H] and out [N, H]
@@ -46,10 +62,11 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
                      const std::optional<Tensor>& reset, const Tensor& w_hh,
                      const std::optional<Tensor>& b_hh, const std::optional<Tensor>& h0,
                      const std::optional<Tensor>& packed, bool batch_first, bool reverse,
-                     const Tensor& output, const Tensor& h_n, const std::optional<Tensor>& gates) {
+                     const Tensor& output, const Tensor& h_n, const std::optional<Tensor>& gates,
+                     const std::optional<Tensor>& plan, bool round) {
   int64_t batch = h_n.size(0), hidden = h_n.size(1);
   GruForward args{};
-  args.shape = shape_of(batch, output.size(0) / batch, hidden, batch_first, reverse);
+  args.shape = shape_of(batch, output.size(0), hidden, batch_first, reverse, plan);
   args.table = floats(table);
   args.index = static_cast<const int64_t*>(in(index));
   args.reset = static_cast<const uint8_t*>(in(reset));
@@ -60,6 +77,7 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.h_n = floats_out(h_n);
   args.gates = gates ? floats_out(*gates) : nullptr;
   args.packed = floats(packed);
+  args.round = round;
   Workspace workspace = allocate(gru_forward_workspace(args.shape));
   args.workspace = workspace.get();
   auto kernel = FASTLM_PICK(gru_forward);
@@ -72,10 +90,10 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
                       const Tensor& w_hh, const std::optional<Tensor>& h0, const Tensor& output,
                       const Tensor& gates, bool batch_first, bool reverse,
                       const Tensor& dhidden_gates, const Tensor& dtable, const Tensor& dh0,
-                      const Tensor& dbias) {
+                      const Tensor& dbias, const std::optional<Tensor>& plan, bool round) {
   int64_t batch = dh0.size(0), hidden = dh0.size(1);
   GruBackward args{};
-  args.shape = shape_of(batch, output.size(0) / batch, hidden, batch_first, reverse);
+  args.shape = shape_of(batch, output.size(0), hidden, batch_first, reverse, plan);
   args.index = static_cast<const int64_t*>(in(index));
   args.reset = static_cast<const uint8_t*>(in(reset));
   args.w_hh = floats(w_hh);
@@ -88,6 +106,7 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
   args.dtable = floats_out(dtable);
   args.dh0 = floats_out(dh0);
   args.dbias = floats_out(dbias);
+  args.round = round;
   Workspace workspace = allocate(gru_backward_workspace(args.shape));
   args.workspace = workspace.get();
   auto kernel = FASTLM_PICK(gru_backward);
@@ -118,13 +137,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
   m.def(
       "gru_forward(Tensor table, Tensor? index, Tensor? reset, Tensor w_hh, Tensor? b_hh, "
       "Tensor? h0, Tensor? packed, bool batch_first, bool reverse, Tensor(a!) output, "
-      "Tensor(b!) h_n, Tensor(c!)? gates) -> ()");
+      "Tensor(b!) h_n, Tensor(c!)? gates, Tensor? plan=None, bool round=False) -> ()");
   m.def("gru_packed_size(int hidden) -> int");
   m.def("gru_pack(Tensor w_hh, Tensor? b_hh, Tensor(a!) packed) -> ()");
   m.def(
       "gru_backward(Tensor? doutput, Tensor? dh_n, Tensor? index, Tensor? reset, Tensor w_hh, "
       "Tensor? h0, Tensor output, Tensor gates, bool batch_first, bool reverse, "
-      "Tensor(a!) dhidden_gates, Tensor(b!) dtable, Tensor(c!) dh0, Tensor(d!) dbias) -> ()");
+      "Tensor(a!) dhidden_gates, Tensor(b!) dtable, Tensor(c!) dh0, Tensor(d!) dbias, "
+      "Tensor? plan=None, bool round=False) -> ()");
   m.def(
       "token_plan(Tensor tokens, int vocabulary, Tensor(a!) unique, Tensor(b!) inverse, "
       "Tensor(c!)? offsets, Tensor(d!)? order) -> int");

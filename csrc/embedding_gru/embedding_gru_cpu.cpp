@@ -6,14 +6,13 @@
 // into, so the result depends neither on the number of threads nor on the batch around a row.
 #include "common/vec.h"
 #include "embedding_gru/embedding_gru.h"
+#include "embedding_gru/embedding_gru_sequence.h"
+#include "embedding_gru/embedding_gru_step.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kGates = 3;
-// 24 accumulators of 32 registers with AVX-512, 12 of 16 elsewhere
-constexpr int kRows = kLanes == 16 ? 8 : 4;
 // columns of the backward product: as many accumulators again
 constexpr int kVectors = 3;
 // db_ih and db_hh
@@ -21,81 +20,22 @@ constexpr int kBiasSums = 2 * kGates;
 // tokens added up in plain float32 before they join the compensated sum over all tokens
 constexpr int64_t kBiasTokens = 32;
 
-FASTLM_INLINE int64_t vectors(int64_t hidden) { return (hidden + kLanes - 1) / kLanes; }
-
-struct Range {
-  int64_t begin, end;
-};
-FASTLM_INLINE Range share(int64_t count, int rank, int members) {
-  return {count * rank / members, count * (rank + 1) / members};
-}
-
-FASTLM_INLINE Vec load_columns(const float* p, int64_t column, int64_t hidden) {
-  return column + kLanes <= hidden ? load(p + column)
-                                   : load_first(p + column, int(hidden - column), 0.f);
-}
-FASTLM_INLINE void store_columns(float* p, int64_t column, int64_t hidden, Vec x) {
-  if (column + kLanes <= hidden) {
-    store(p + column, x);
-  } else {
-    store_first(p + column, x, int(hidden - column));
-  }
-}
-
-// sum[i][v] += sum over k of a[i][k] * panel[k][v]; panel [depth][Width vectors]
-template <int Rows, int Width>
-FASTLM_INLINE void multiply(const float* a, int64_t stride, const float* panel, int64_t depth,
-                            Vec (&sum)[Rows][Width]) {
-  for (int64_t k = 0; k < depth; ++k, panel += Width * kLanes) {
-    Vec b[Width];
-#pragma GCC unroll 8
-    for (int v = 0; v < Width; ++v) b[v] = load(panel + v * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      Vec x = broadcast(a[i * stride + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Width; ++v) sum[i][v] += x * b[v];
-    }
-  }
-}
-
 // w [3H, H] -> per vector of columns: 3 bias vectors, then [k][gate][lane]; columns past H are 0
-void pack_forward(const float* w, const float* bias, int64_t hidden, Range own, float* packed) {
+void pack_forward(const float* w, const float* bias, int64_t hidden, bool round, Range own,
+                  float* packed) {
   for (int64_t v = own.begin; v < own.end; ++v) {
-    float* panel = packed + v * kGates * kLanes * (hidden + 1);
-    for (int g = 0; g < kGates; ++g) {
-      const float* b = bias ? bias + g * hidden : nullptr;
-      store(panel + g * kLanes, b ? load_columns(b, v * kLanes, hidden) : Vec{});
-    }
-    panel += kGates * kLanes;
-    for (int64_t k0 = 0; k0 < hidden; k0 += kLanes) {
-      int64_t depth = hidden - k0 < kLanes ? hidden - k0 : kLanes;
-      for (int g = 0; g < kGates; ++g) {
-        float block[kLanes][kLanes];
-        for (int j = 0; j < kLanes; ++j) {
-          int64_t column = v * kLanes + j;
-          Vec row = column < hidden ? load_columns(w + (g * hidden + column) * hidden, k0, hidden)
-                                    : Vec{};
-          store(block[j], row);
-        }
-        for (int64_t k = 0; k < depth; ++k) {
-          float* to = panel + ((k0 + k) * kGates + g) * kLanes;
-          for (int j = 0; j < kLanes; ++j) to[j] = block[j][k];
-        }
-      }
-    }
+    pack_panel(w, bias, hidden, gate_columns(hidden, v), packed + v * panel_size(hidden), round);
   }
 }
 
 struct ForwardBuffers {
   const float* packed;  // [vectors][1 + H][3][kLanes]
-  float* state[2];      // [B][state_stride], zero past H
+  float* state[2];      // [B][state_stride], zero past H: the operand of the product
+  float* exact;         // [B][state_stride]: the state itself, where the operand is rounded
   int64_t state_stride;
 };
 
-FASTLM_INLINE int64_t packed_size(int64_t hidden) {
-  return vectors(hidden) * kGates * kLanes * (hidden + 1);
-}
+FASTLM_INLINE int64_t packed_size(int64_t hidden) { return vectors(hidden) * panel_size(hidden); }
 
 FASTLM_INLINE ForwardBuffers forward_buffers(const GruForward& a) {
   const GruShape& s = a.shape;
@@ -104,7 +44,19 @@ FASTLM_INLINE ForwardBuffers forward_buffers(const GruForward& a) {
   b.packed = a.packed ? a.packed : a.workspace;
   b.state[0] = a.workspace + (a.packed ? 0 : packed_size(s.hidden));
   b.state[1] = b.state[0] + s.batch * b.state_stride;
+  b.exact = a.round ? b.state[1] + s.batch * b.state_stride : nullptr;
   return b;
+}
+
+// what the next step of sequence b starts from
+FASTLM_INLINE void put_state(const ForwardBuffers& buffers, int64_t parity, int64_t b,
+                             int64_t column, Vec h) {
+  const int64_t at = b * buffers.state_stride + column;
+  if (buffers.exact) {
+    store(buffers.exact + at, h);
+    h = nearest_bfloat16(h);
+  }
+  store(buffers.state[parity & 1] + at, h);
 }
 
 // one step of Rows sequences and one vector of hidden units
@@ -116,39 +68,28 @@ void forward_tile(const GruForward& a, const ForwardBuffers& buffers, int64_t st
   const int64_t t = s.reverse ? s.steps - 1 - step : step;
   const int64_t stride = buffers.state_stride;
   const float* h = buffers.state[step & 1] + row * stride;
-  float* next = buffers.state[(step + 1) & 1] + row * stride;
-  const float* panel = buffers.packed + vector * kGates * kLanes * (hidden + 1);
+  // of the own columns, so that no other thread waits for it
+  const float* exact = buffers.exact ? buffers.exact + row * stride : h;
 
   Vec sum[Rows][kGates];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
-    for (int g = 0; g < kGates; ++g) sum[i][g] = load(panel + g * kLanes);
-  }
-  multiply<Rows, kGates>(h, stride, panel + kGates * kLanes, hidden, sum);
+  multiply_panel<Rows>(h, stride, buffers.packed + vector * panel_size(hidden), hidden, sum);
 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
-    const int64_t n = (row + i) * s.batch_stride + t * s.step_stride;
+    const int64_t n = token(s, row + i, t);
     const float* x = a.table + (a.index ? a.index[n] : n) * kGates * hidden;
-    Vec r = sigmoid(load_columns(x, column, hidden) + sum[i][0]);
-    Vec z = sigmoid(load_columns(x + hidden, column, hidden) + sum[i][1]);
-    Vec c = tanh(load_columns(x + 2 * hidden, column, hidden) + r * sum[i][2]);
-    Vec out = c + z * (load(h + i * stride + column) - c);
+    const Vec from_input[kGates] = {load_columns(x, column, hidden),
+                                    load_columns(x + hidden, column, hidden),
+                                    load_columns(x + 2 * hidden, column, hidden)};
+    Vec out = gru_cell(from_input, sum[i], load(exact + i * stride + column), column, hidden,
+                       a.gates ? a.gates + n * 4 * hidden : nullptr);
     store_columns(a.out + n * hidden, column, hidden, out);
-    if (a.gates) {
-      float* gates = a.gates + n * 4 * hidden;
-      store_columns(gates, column, hidden, r);
-      store_columns(gates + hidden, column, hidden, z);
-      store_columns(gates + 2 * hidden, column, hidden, c);
-      store_columns(gates + 3 * hidden, column, hidden, sum[i][2]);
-    }
-    if (step + 1 == s.steps) {
+    if (t == last_step(s, row + i)) {
       store_columns(a.h_n + (row + i) * hidden, column, hidden, out);
     } else {
-      // what the next step starts from: nothing, where it begins a document
-      int64_t following = n + (s.reverse ? -s.step_stride : s.step_stride);
-      store(next + i * stride + column, a.reset && a.reset[following] ? Vec{} : out);
+      // nothing is passed on to a token that begins a document
+      bool starts = a.reset && a.reset[token(s, row + i, s.reverse ? t - 1 : t + 1)];
+      put_state(buffers, step + 1, row + i, column, starts ? Vec{} : out);
     }
   }
 }
@@ -180,13 +121,13 @@ struct ForwardTile {
 
 // w [3H, H] -> per vector of columns [k < 3H][lane], the vectors of one panel side by side
 template <int Width>
-void pack_backward(const float* w, int64_t hidden, int64_t vector, float* packed) {
+void pack_backward(const float* w, int64_t hidden, bool round, int64_t vector, float* packed) {
   float* panel = packed + vector * kLanes * kGates * hidden;
   for (int64_t k = 0; k < kGates * hidden; ++k) {
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) {
-      store(panel + (k * Width + v) * kLanes,
-            load_columns(w + k * hidden, (vector + v) * kLanes, hidden));
+      Vec row = load_columns(w + k * hidden, (vector + v) * kLanes, hidden);
+      store(panel + (k * Width + v) * kLanes, round ? nearest_bfloat16(row) : row);
     }
   }
 }
@@ -221,13 +162,10 @@ void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_
   const GruShape& s = a.shape;
   const int64_t hidden = s.hidden;
   const int64_t t = s.reverse ? s.steps - 1 - step : step;
-  const int64_t n = b * s.batch_stride + t * s.step_stride;
-  const int64_t before = n - (s.reverse ? -s.step_stride : s.step_stride);
-  const bool starts = a.reset && a.reset[n];
-  const float* previous = starts     ? nullptr
-                          : step > 0 ? a.out + before * hidden
-                          : a.h0     ? a.h0 + b * hidden
-                                     : nullptr;
+  const int64_t n = token(s, b, t);
+  const float* previous = a.h0 ? a.h0 + b * hidden : nullptr;
+  if (t != first_step(s, b)) previous = a.out + token(s, b, s.reverse ? t + 1 : t - 1) * hidden;
+  if (a.reset && a.reset[n]) previous = nullptr;
   const float* gates = a.gates + n * 4 * hidden;
   float* carry = buffers.carry + b * buffers.state_stride;
   float* scratch = buffers.dgate[step & 1] + b * buffers.gate_stride;
@@ -246,9 +184,9 @@ void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_
     Vec dr = dn * hn * r * (1.f - r);
     Vec dnr = dn * r;
     store(carry + j, d * z);
-    store_columns(scratch, j, hidden, dr);
-    store_columns(scratch + hidden, j, hidden, dz);
-    store_columns(scratch + 2 * hidden, j, hidden, dnr);
+    store_columns(scratch, j, hidden, a.round ? nearest_bfloat16(dr) : dr);
+    store_columns(scratch + hidden, j, hidden, a.round ? nearest_bfloat16(dz) : dz);
+    store_columns(scratch + 2 * hidden, j, hidden, a.round ? nearest_bfloat16(dnr) : dnr);
     store_columns(dgates, j, hidden, dr);
     store_columns(dgates + hidden, j, hidden, dz);
     store_columns(dgates + 2 * hidden, j, hidden, dnr);
@@ -301,8 +239,7 @@ struct BackwardTile {
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* carry = buffers.carry + (row + i) * buffers.state_stride + vector * kLanes;
-      const int64_t n = (row + i) * s.batch_stride + t * s.step_stride;
-      const bool starts = args.reset && args.reset[n];
+      const bool starts = args.reset && args.reset[token(s, row + i, t)];
 #pragma GCC unroll 8
       for (int v = 0; v < Width; ++v) {
         // nothing flows back past the start of a document
@@ -322,8 +259,8 @@ FASTLM_INLINE void for_panels(Range own, const Args&... args) {
 
 template <int Width>
 struct PackPanel {
-  static void run(int64_t vector, const float* w, int64_t hidden, float* packed) {
-    pack_backward<Width>(w, hidden, vector, packed);
+  static void run(int64_t vector, const GruBackward& args, const BackwardBuffers& buffers) {
+    pack_backward<Width>(args.w_hh, args.shape.hidden, args.round, vector, buffers.packed);
   }
 };
 
@@ -331,14 +268,32 @@ template <int Width>
 struct MultiplyPanel {
   static void run(int64_t vector, const GruBackward& args, const BackwardBuffers& buffers,
                   int64_t step) {
-    for_row_tiles(args.shape.batch, BackwardTile<Width>{args, buffers, step, vector});
+    const GruShape& s = args.shape;
+    const int64_t t = s.reverse ? s.steps - 1 - step : step;
+    for_row_tiles(active(s, t), BackwardTile<Width>{args, buffers, step, vector});
   }
 };
 
 }  // namespace
 
 void gru_pack(const float* w_hh, const float* b_hh, int64_t hidden, float* packed) {
-  pack_forward(w_hh, b_hh, hidden, {0, vectors(hidden)}, packed);
+  pack_forward(w_hh, b_hh, hidden, false, {0, vectors(hidden)}, packed);
+}
+
+// the state every sequence starts from, where its first step will look for it
+void start_states(const GruForward& a, const ForwardBuffers& buffers, Range own) {
+  const GruShape& s = a.shape;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const int64_t first = first_step(s, b);
+    const bool empty = length(s, b) == 0;
+    const bool starts = !empty && a.reset && a.reset[token(s, b, first)];
+    for (int64_t v = own.begin; v < own.end; ++v) {
+      const int64_t column = v * kLanes;
+      Vec h = a.h0 && !starts ? load_columns(a.h0 + b * s.hidden, column, s.hidden) : Vec{};
+      put_state(buffers, s.reverse ? s.steps - 1 - first : first, b, column, h);
+      if (empty) store_columns(a.h_n + b * s.hidden, column, s.hidden, h);
+    }
+  }
 }
 
 void gru_forward(const GruForward& a, Team& team, int rank) {
@@ -346,20 +301,14 @@ void gru_forward(const GruForward& a, Team& team, int rank) {
   const ForwardBuffers buffers = forward_buffers(a);
   const Range own = share(vectors(s.hidden), rank, team.size());
   int round = 0;
-  if (!a.packed) pack_forward(a.w_hh, a.b_hh, s.hidden, own, a.workspace);
-  const int64_t first = s.reverse ? (s.steps - 1) * s.step_stride : 0;
-  for (int64_t b = 0; b < s.batch; ++b) {
-    const bool starts = a.reset && a.reset[b * s.batch_stride + first];
-    for (int64_t v = own.begin; v < own.end; ++v) {
-      Vec h = a.h0 && !starts ? load_columns(a.h0 + b * s.hidden, v * kLanes, s.hidden) : Vec{};
-      store(buffers.state[0] + b * buffers.state_stride + v * kLanes, h);
-    }
-  }
+  if (!a.packed) pack_forward(a.w_hh, a.b_hh, s.hidden, a.round, own, a.workspace);
+  start_states(a, buffers, own);
   for (int64_t step = 0; step < s.steps; ++step) {
     // the state is double-buffered: who is past this barrier writes what nobody reads any more
     team.barrier(&round);
+    const int64_t rows = active(s, s.reverse ? s.steps - 1 - step : step);
     for (int64_t v = own.begin; v < own.end; ++v) {
-      for_row_tiles(s.batch, ForwardTile{a, buffers, step, v});
+      for_row_tiles(rows, ForwardTile{a, buffers, step, v});
     }
   }
 }
@@ -370,7 +319,7 @@ void gru_backward(const GruBackward& a, Team& team, int rank) {
   const BackwardBuffers buffers = backward_buffers(s, a.workspace);
   const Range own = share(vectors(hidden), rank, team.size());
   int round = 0;
-  for_panels<PackPanel>(own, a.w_hh, hidden, buffers.packed);
+  for_panels<PackPanel>(own, a, buffers);
   for (int64_t v = own.begin; v < own.end; ++v) {
     for (int64_t b = 0; b < s.batch; ++b) {
       Vec d = a.dh_n ? load_columns(a.dh_n + b * hidden, v * kLanes, hidden) : Vec{};
@@ -384,7 +333,8 @@ void gru_backward(const GruBackward& a, Team& team, int rank) {
   }
   const int64_t every = kBiasTokens > s.batch ? (kBiasTokens + s.batch - 1) / s.batch : 1;
   for (int64_t step = s.steps - 1; step >= 0; --step) {
-    for (int64_t b = 0; b < s.batch; ++b) gate_gradients(a, buffers, step, b, own);
+    const int64_t rows = active(s, s.reverse ? s.steps - 1 - step : step);
+    for (int64_t b = 0; b < rows; ++b) gate_gradients(a, buffers, step, b, own);
     if (step % every == 0) add_bias(a, buffers, own);
     // every column of this step's gate gradients is needed; they are double-buffered as well
     team.barrier(&round);

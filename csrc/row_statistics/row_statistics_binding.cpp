@@ -101,8 +101,6 @@ void backward(const Tensor& logits, const OptionalTensor& target, const Optional
   bool bfloat16 = is_bfloat16(logits);
   if (args.dlogits != args.logits)
     advise_huge_pages(args.dlogits, logits.size(0) * args.classes * (bfloat16 ? 2 : 4));
-  if (args.dlogits != args.logits)
-    advise_huge_pages(args.dlogits, logits.size(0) * args.classes * (bfloat16 ? 2 : 4));
   parallel_rows(logits.size(0), grain(args.classes),
                 [&](int64_t begin, int64_t end) { rows(args, bfloat16, begin, end); });
 }

@@ -10,11 +10,8 @@ namespace FASTLM_ISA {
 namespace {
 
 constexpr int kBlock = 4096;  // 16 KiB of float32
-constexpr float kInfinity = __builtin_inff();
 // exp(kLowest) is 0, and 0 * kLowest is 0 where 0 * -infinity would be NaN
 constexpr float kLowest = -1e4f;
-
-FASTLM_INLINE Vec select(VecInt mask, Vec a, Vec b) { return mask ? a : b; }
 
 FASTLM_INLINE VecInt first_lanes(int count) {
   VecInt lane;
@@ -32,12 +29,17 @@ struct Scores {
       : scale(scale), cap(softcap), inverse_cap(kCap ? 1.f / softcap : 0.f) {}
   // tanh of the logit, or the logit itself
   Vec squash(Vec x) const { return kCap ? tanh(x * inverse_cap) : x; }
-  Vec z(Vec squashed) const { return kCap ? squashed * cap * scale : squashed * scale; }
+  // rounded, as the largest score is: fused with its subtraction equal logits would differ by the
+  // rounding of the largest
+  Vec z(Vec squashed) const { return rounded(kCap ? squashed * cap * scale : squashed * scale); }
   // dz/dlogits
   Vec slope(Vec squashed) const {
     return kCap ? scale * (1.f - squashed * squashed) : broadcast(scale);
   }
 };
+
+// a sum below this is taken again without the largest: above it float keeps 3 digits of sum - 1
+constexpr float kCertain = 1.f + 1.f / 128;
 
 // sums over the row so far
 struct RowSums {
@@ -67,38 +69,23 @@ struct RowSums {
   }
 };
 
-// largest of x * sign; NaN is passed over here and makes the sums NaN
-template <typename T>
-FASTLM_INLINE float largest_of(const T* x, int count, float sign) {
-  Vec m0 = broadcast(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
-  int i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    m0 = max(load(x + i) * sign, m0);
-    m1 = max(load(x + i + kLanes) * sign, m1);
-    m2 = max(load(x + i + 2 * kLanes) * sign, m2);
-    m3 = max(load(x + i + 3 * kLanes) * sign, m3);
-  }
-  for (; i + kLanes <= count; i += kLanes) m0 = max(load(x + i) * sign, m0);
-  if (i < count) m0 = max(load_first(x + i, count - i, -kInfinity * sign) * sign, m0);
-  return reduce_max(max(max(m0, m1), max(m2, m3)));
-}
-
 // the first of the largest logits, or the first NaN
 template <typename T>
 void update_argmax(const T* x, int count, float sign, float largest, bool nan, int64_t offset,
                    RowSums* row) {
-  if (row->has_nan || !(nan || largest > row->best)) return;
-  if (largest > row->best) row->best = largest;
-  int first_max = -1;
+  bool larger = largest > row->best;
+  if (row->has_nan || !(nan || larger)) return;
+  if (larger) row->best = largest;
   for (int i = 0; i < count; ++i) {
     float value = to_float(x[i]) * sign;
+    // the sums are NaN by infinity or overflow too, and then the largest logit counts
     if (nan && value != value) {
       row->argmax = offset + i;
       row->has_nan = true;
       return;
     }
-    if (first_max >= 0 || value != largest) continue;
-    first_max = i;
+    if (!larger || value != largest) continue;
+    larger = false;
     row->argmax = offset + i;
     if (!nan) return;
   }
@@ -130,6 +117,35 @@ struct BlockSums {
   }
 };
 
+// sum of exp(z - base) without the largest class, from the sums of `add_block`: only the lane that
+// has it is summed again
+template <typename T, bool kCap>
+__attribute__((noinline)) double sum_of_rest(const Scores<kCap>& scores, const T* x, int count,
+                                             float base, Vec even, Vec odd) {
+  constexpr int kStep = 2 * kLanes;
+  float lanes[kStep], in_lane[kBlock / kStep + 2];
+  store(lanes, even);
+  store(lanes + kLanes, odd);
+  int certain = 0, n = 0;
+  double sum = 0;
+  for (int i = 0; i < kStep; ++i) {
+    if (lanes[i] > 0.5f)
+      certain = i;
+    else
+      sum += lanes[i];
+  }
+  const int pairs = count / kStep * kStep;
+  for (int i = certain; i < pairs; i += kStep) in_lane[n++] = to_float(x[i]);
+  if (certain < kLanes)
+    for (int i = pairs + certain; i < count; i += kLanes) in_lane[n++] = to_float(x[i]);
+  Vec rest{};
+  for (int i = 0; i < n; i += kLanes) {
+    Vec e = exp(scores.z(scores.squash(load_first(in_lane + i, n - i, 0.f))) - base);
+    rest += select((e < 0.5f) & first_lanes(n - i), e, Vec{});
+  }
+  return sum + reduce_add(rest);
+}
+
 template <typename T, bool kCap, bool kMoments, bool kWeighted>
 void add_block(const RowForward& a, const T* x, const float* weight, int count, int64_t offset,
                RowSums* row) {
@@ -160,8 +176,10 @@ void add_block(const RowForward& a, const T* x, const float* weight, int count, 
   }
   Sums block = Sums::join(even, odd);
   const float sum = reduce_add(block.sum);
-  row->merge(base, sum, kMoments ? reduce_add(block.moment) : 0,
-             kMoments ? reduce_add(block.squares) : 0);
+  // one class has nearly all: beside its 1 the others, and with them the loss, would be rounded off
+  const bool certain = sum < kCertain && sum > 0.5f;
+  row->merge(base, certain ? 1 + sum_of_rest(scores, x, count, base, even.sum, odd.sum) : sum,
+             kMoments ? reduce_add(block.moment) : 0, kMoments ? reduce_add(block.squares) : 0);
   if (kWeighted) {
     double mass = reduce_add(block.mass);
     row->weighted += reduce_add(block.weighted) + mass * base;
@@ -245,7 +263,7 @@ struct Gradient {
   Coefficients c;
   float max, log_sum;
 
-  // of the loss with respect to the logits, without the extra of the target
+  // of the loss with respect to the logits, for a class that is not the target
   FASTLM_INLINE Vec at(const Gradient& g, Vec x, Vec weight) {
     Vec squashed = g.scores.squash(x);
     Vec log_p = (g.scores.z(squashed) - g.max) - g.log_sum;
@@ -258,6 +276,23 @@ struct Gradient {
     Vec dz = p * inner;
     if (kWeighted) dz += g.c.weight * weight;
     return dz * g.scores.slope(squashed);
+  }
+
+  // at the target: p * inner + on_target, of which often no more than p - 1 is left
+  static __attribute__((noinline)) float at_target(const Gradient& g, float x, float weight,
+                                                   float on_target) {
+    Vec squashed = g.scores.squash(broadcast(x));
+    const double log_p = (double(g.scores.z(squashed)[0]) - g.max) - g.log_sum;
+    const double p_minus_1 = __builtin_expm1(log_p);
+    double inner = g.c.p;
+    if (kGeneral) {
+      inner += g.c.p_log_p * (log_p < kLowest ? kLowest : log_p) + g.c.p_squared * (p_minus_1 + 1);
+    }
+    const float slope = g.scores.slope(squashed)[0];
+    // a weight beside it leaves more than p - 1, or exactly nothing of float's own sums
+    if (kWeighted)
+      return ((float(p_minus_1 + 1) * float(inner) + g.c.weight * weight) + on_target) * slope;
+    return float((p_minus_1 * inner + (inner + on_target)) * slope);
   }
 };
 
@@ -272,7 +307,7 @@ void backward_row(const RowBackward& a, int64_t index, const Coefficients& c, fl
   const int64_t target = a.target ? a.target[index] : -1;
   const bool inside = target >= 0 && target < a.classes;
   // dlogits may overwrite the logits
-  const Vec at_target = broadcast(inside ? to_float(x[target]) : 0.f);
+  const float at_target = inside ? to_float(x[target]) : 0.f;
   int64_t i = 0;
   for (; i + kLanes <= a.classes; i += kLanes)
     store(out + i, G::at(gradient, load(x + i), kWeighted && weight ? load(weight + i) : one));
@@ -282,9 +317,8 @@ void backward_row(const RowBackward& a, int64_t index, const Coefficients& c, fl
     store_first(out + i, G::at(gradient, load_first(x + i, rest, 0.f), w), rest);
   }
   if (!inside) return;
-  Vec w = broadcast(kWeighted && weight ? weight[target] : 1.f);
-  Vec slope = gradient.scores.slope(gradient.scores.squash(at_target));
-  from_float((G::at(gradient, at_target, w) + on_target * slope)[0], out + target);
+  const float w = kWeighted && weight ? weight[target] : 1.f;
+  from_float(G::at_target(gradient, at_target, w, on_target), out + target);
 }
 
 FASTLM_INLINE float of_row(const float* coefficient, int64_t row) {

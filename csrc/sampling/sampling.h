@@ -9,6 +9,13 @@ namespace fastlm {
 constexpr int64_t kSampleBlock = 256;  // classes per partial sum
 constexpr int64_t kSampleLanes = 16;   // the most lanes a vector can have
 
+struct SampleOptions {
+  double temperature;  // 0: the most likely token
+  int64_t top_k;       // 0: off
+  double top_p;        // 1: off
+  double min_p;        // 0: off
+};
+
 struct SampleArgs {
   const void* logits;      // [rows, classes], float or bfloat16, rows `stride` apart
   const int64_t* row_ids;  // [rows], or null: 0, 1, 2, ...
@@ -17,10 +24,7 @@ struct SampleArgs {
   int64_t* tokens;         // [rows]; -1 where the row is no distribution
   float* logprobs;         // [rows]; NaN there
   int64_t classes, stride, seed, step;
-  double temperature;  // 0: the most likely token
-  int64_t top_k;       // 0: off
-  double top_p;        // 1: off
-  double min_p;        // 0: off
+  SampleOptions options;
 };
 
 // floats of scratch that one thread needs: block sums (double), group maxima, and two copies of

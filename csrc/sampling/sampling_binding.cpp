@@ -24,10 +24,7 @@ int64_t sample(const Tensor& logits, const std::optional<Tensor>& rows,
                   logits.stride(0),
                   seed,
                   step,
-                  temperature,
-                  top_k,
-                  top_p,
-                  min_p};
+                  {temperature, top_k, top_p, min_p}};
   bool bfloat16 = is_bfloat16(logits);
   auto run = FASTLM_PICK(sample_rows);
   // below 16k logits a second thread costs more than it saves

@@ -17,6 +17,8 @@ from .tokenizer import Tokenizer
 
 # prompts are read in pieces of this many tokens, so that a long one needs no more memory
 PROMPT_PIECE = 1024
+# text appears after this many tokens: far less than a second of work, and few calls from Python
+PIECE = 16
 
 
 def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
@@ -76,14 +78,12 @@ class _StopText:
         return self._held
 
 
-def _read_prompt(model: LanguageModel, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [1, V] after the last token, and the state."""
+def _read(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The state after some tokens; None for no token."""
     state: torch.Tensor | None = None
-    hidden = None
-    for piece in tokens.split(PROMPT_PIECE):
-        hidden, state = model.hidden(piece[None], state)
-    assert hidden is not None and state is not None
-    return model.head(hidden[:, -1]), state
+    for piece in tokens.split(PROMPT_PIECE) if len(tokens) else ():
+        _, state = model.hidden(piece[None], state)
+    return state
 
 
 def generate(
@@ -131,22 +131,25 @@ def _generate(
     stream = tokenizer.stream()
     try:
         with torch.inference_mode():
-            logits, state = _read_prompt(model, prompt)
-            step = model.decoder()
-        for index in range(max_new_tokens):
+            state, last, decoder = _read(model, prompt[:-1]), prompt[-1:], model.decoder()
+        for index in range(0, max_new_tokens, PIECE):
+            count = min(PIECE, max_new_tokens - index)
             # not around the yield: the caller's code must not run in inference mode
             with torch.inference_mode():
-                token, _ = fastlm.sample(logits, step=index, **sampling)
-            if int(token) == tokenizer.end:
+                made = fastlm.generate(
+                    decoder, last, count, step=index, state=state, stop=tokenizer.end, **sampling
+                )
+            last, state = made.tokens[-1:], made.state
+            tokens = made.tokens[: int(made.lengths)].tolist()
+            ended = tokens[-1] == tokenizer.end
+            for token in tokens[:-1] if ended else tokens:
+                text, stopped = stop.put(stream.put(token))
+                if text:
+                    yield text
+                if stopped:
+                    return
+            if ended:
                 break
-            text, stopped = stop.put(stream.put(int(token)))
-            if text:
-                yield text
-            if stopped:
-                return
-            if index + 1 < max_new_tokens:
-                with torch.inference_mode():
-                    logits, state = step(token, state)
         text, stopped = stop.put(stream.finish())
         rest = text if stopped else text + stop.finish()
         if rest:

@@ -135,16 +135,7 @@ class _LanguageModel(nn.Module):
 
     def decoder(self) -> Step:
         """One token per call, with the parameters as they are now; for inference."""
-        make = getattr(self.body, "decoder", None)
-        if make is None:
-            return self.step
-        fast = make()
-
-        def step(tokens: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            output, h = fast.step(tokens, h)
-            return self.head(output), h
-
-        return step
+        return self.step
 
     def step(self, tokens: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens [B] -> (logits [B, V], state [L, B, H]); `decoder` is faster for many steps."""
@@ -164,6 +155,9 @@ class GRULM(_LanguageModel):
             num_layers=config.num_layers,
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
+
+    def decoder(self) -> Step:
+        return fastlm.nn.GRUDecoder(self.body, self.head)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         loss: Any = fastlm.linear_cross_entropy(

@@ -1,12 +1,15 @@
 """Modules with the constructors and state_dict of their torch.nn namesakes."""
 
-from .gru import GRU, EmbeddingGRU, GRUDecoder
+from .decoder import GRUDecoder
+from .gru import GRU, EmbeddingGRU
+from .gru_cell import GRUCell
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, LinearTokenLogprobs
 
 __all__ = [
     "GRU",
     "CrossEntropyLoss",
     "EmbeddingGRU",
+    "GRUCell",
     "GRUDecoder",
     "LinearCrossEntropyLoss",
     "LinearTokenLogprobs",

@@ -9,22 +9,39 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
-from ..ops.embedding_gru import op as gru_op
+from ..ops.embedding_gru.arguments import cells_of, check_options
 from ..ops.embedding_gru.embedding import EmbeddingOptions
-from ..ops.embedding_gru.public import embedding_layer, gru
+from ..ops.embedding_gru.public import embedding_layer
+from ..ops.embedding_gru.stack import gru
 from ..ops.embedding_gru.token_plan import TokenPlan
+from .decoder import GRUDecoder
+
+
+def autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(device: str, weight: Tensor) -> torch.dtype | None:
+    """What autocast asks this module to compute in; float64 it leaves alone, as everywhere."""
+    if weight.dtype == torch.float64 or not autocast_on(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class GRU(nn.RNNBase):
-    """torch.nn.GRU on fastlm's kernels: same constructor, parameters, state_dict and results.
+    """torch.nn.GRU on fastlm's kernels: same constructor, parameters, state_dict, errors, results.
 
-    `forward` takes what `fastlm.gru` takes beside the input: reset, segment_ids, cu_seqlens. A
-    PackedSequence goes to torch's own kernel. Under autocast it computes in the dtype of its
-    weights, as torch.nn.GRU does on the CPU. It is an `nn.RNNBase` and no `nn.GRU`, which
-    torch.compile refuses to trace.
+    A PackedSequence runs in the same kernels, at the cost of its tokens. `forward` takes beside the
+    input what `fastlm.gru` does: reset, segment_ids, cu_seqlens, lengths. It is an `nn.RNNBase` and
+    no `nn.GRU`, which torch.compile refuses to trace; with it `torch.compile(fullgraph=True)` and
+    `torch.export` work (a PackedSequence only with `hx`, which tells how many sequences it holds).
+
+    Under autocast it computes in the dtype of autocast, bfloat16 or float16 with sums and state in
+    float32, and returns that dtype. (torch.nn.GRU returns float32 on the CPU and takes float16 on
+    a GPU whatever autocast says.)
 
     Args:
-        save: "gates" or "hidden", see `fastlm.embedding_gru`. The rest as in torch.nn.GRU.
+        precision, save, zoneout: see `fastlm.gru`. The rest as in torch.nn.GRU.
     """
 
     def __init__(
@@ -39,14 +56,29 @@ class GRU(nn.RNNBase):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        precision: str = "auto",
         save: str = "gates",
+        zoneout: float = 0.0,
+        **unknown: Any,
     ) -> None:
-        checks.one_of("nn.GRU", "save", save, ("gates", "hidden"))
+        if "proj_size" in unknown:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if unknown:
+            raise TypeError(f"GRU got an unexpected keyword argument {next(iter(unknown))!r}")
+        check_options("nn.GRU", precision, save)
+        if not 0.0 <= zoneout <= 1.0:
+            checks.bad_value("nn.GRU", "zoneout", "in [0, 1]", zoneout)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self.save = save
+        self.precision, self.save, self.zoneout = precision, save, zoneout
+
+    def extra_repr(self) -> str:
+        defaults = {"precision": "auto", "save": "gates", "zoneout": 0.0}
+        own = ((name, getattr(self, name), value) for name, value in defaults.items())
+        changed = (f", {name}={value}" for name, value, default in own if value != default)
+        return super().extra_repr() + "".join(changed)
 
     def weights(self) -> list[Tensor]:
         """The parameters in the order of `fastlm.gru`, as they are at this call."""
@@ -60,13 +92,18 @@ class GRU(nn.RNNBase):
         reset: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Any:
         weights = self.weights()
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, weights)
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(weights[0].dtype)
-            hx = None if hx is None else hx.to(weights[0].dtype)
+        data = input.data if isinstance(input, PackedSequence) else input
+        batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+        self._check(data, hx, batch_sizes, cu_seqlens, weights[0])
+        cast = autocast_dtype(data.device.type, weights[0])
+        if cast is not None:
+            weights = [w.to(cast) for w in weights]
+            hx = None if hx is None else hx.to(cast)
+            data = data.to(cast)
+            input = PackedSequence(data, *input[1:]) if isinstance(input, PackedSequence) else data
         return gru(
             input,
             hx,
@@ -80,25 +117,71 @@ class GRU(nn.RNNBase):
             reset=reset,
             segment_ids=segment_ids,
             cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            precision=self.precision,
             save=self.save,
+            zoneout=self.zoneout,
         )
 
-    def _forward_packed(
-        self, input: PackedSequence, hx: Tensor | None, weights: list[Tensor]
-    ) -> tuple[PackedSequence, Tensor]:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            hx = data.new_zeros(layers, int(batch_sizes[0]), self.hidden_size)
-        elif sorted_indices is not None:
-            hx = hx.index_select(1, sorted_indices)
-        output, h_n = torch.gru(
-            data, batch_sizes, hx, weights, self.bias, self.num_layers, self.dropout,
-            self.training, self.bidirectional,
-        )  # fmt: skip
-        if unsorted_indices is not None:
-            h_n = h_n.index_select(1, unsorted_indices)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
+    def _check(
+        self, data: Tensor, hx: Tensor | None, batch_sizes: Tensor | None,
+        cu_seqlens: Tensor | None, weight: Tensor,
+    ) -> None:  # fmt: skip
+        """The checks of torch.nn.GRU, in its order and words."""
+        dims = data.dim()
+        if batch_sizes is None and dims not in (2, 3):
+            raise ValueError(f"GRU: Expected input to be 2D or 3D, got {dims}D instead")
+        states = 2 if dims == 2 and batch_sizes is None and cu_seqlens is None else 3
+        if hx is not None and hx.dim() != states:
+            kind = "unbatched 2-D" if states == 2 else "batched 3-D"
+            raise RuntimeError(
+                f"For {kind} input, hx should also be {states}-D but got {hx.dim()}-D tensor"
+            )
+        cast = autocast_on(data.device.type)
+        if data.dtype != weight.dtype and not cast:
+            raise ValueError(
+                f"RNN input dtype ({data.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: "
+                f"model.to({data.dtype})"
+            )
+        if batch_sizes is not None and dims != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {dims}")
+        if self.input_size != data.shape[-1]:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {data.shape[-1]}"
+            )
+        if hx is not None:
+            self._check_state(data, hx, batch_sizes, cu_seqlens, weight)
+        if batch_sizes is None and cu_seqlens is None and data.shape[self._step_dim(dims)] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _step_dim(self, dims: int) -> int:
+        return 1 if self.batch_first and dims == 3 else 0
+
+    def _check_state(
+        self, data: Tensor, hx: Tensor, batch_sizes: Tensor | None, cu_seqlens: Tensor | None,
+        weight: Tensor,
+    ) -> None:  # fmt: skip
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        batch = 1
+        if cu_seqlens is not None:
+            batch = cu_seqlens.shape[0] - 1
+        elif batch_sizes is None and data.dim() == 3:
+            batch = data.shape[1 - self._step_dim(3)]
+        elif batch_sizes is not None and not torch.compiler.is_compiling():
+            batch = int(batch_sizes[0])
+        elif batch_sizes is not None:
+            batch = hx.shape[1]
+        shape = (layers, *(hx.shape[1:-1] and (batch,)), self.hidden_size)
+        if tuple(hx.shape) != shape:
+            expected = (layers, batch, self.hidden_size)
+            got = [hx.shape[0], 1, *hx.shape[1:]] if hx.dim() == 2 else list(hx.shape)
+            raise RuntimeError(f"Expected hidden size {expected}, got {got}")
+        if hx.dtype != weight.dtype and not autocast_on(data.device.type):
+            raise RuntimeError(
+                f"hx must have the same dtype as the weights, {weight.dtype}, got {hx.dtype}"
+            )
 
 
 class EmbeddingGRU(nn.Module):
@@ -113,7 +196,10 @@ class EmbeddingGRU(nn.Module):
         hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in torch.nn.GRU;
             batch_first is True by default.
         embedding_dropout: in training, the probability that a token is zero wherever it occurs.
-        dedupe, save: see `fastlm.embedding_gru`.
+        dedupe, precision, save: see `fastlm.embedding_gru`.
+
+    Under autocast with bfloat16 its products are those of precision="bf16", with float16 those of
+    float32; it returns the dtype of autocast. The embedding is not copied for that.
     """
 
     def __init__(
@@ -136,6 +222,7 @@ class EmbeddingGRU(nn.Module):
         sparse: bool = False,
         embedding_dropout: float = 0.0,
         dedupe: str = "auto",
+        precision: str = "auto",
         save: str = "gates",
     ) -> None:
         super().__init__()
@@ -145,7 +232,7 @@ class EmbeddingGRU(nn.Module):
         )  # fmt: skip
         self.gru = GRU(
             embedding_dim, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype, save=save,
+            device=device, dtype=dtype, precision=precision, save=save,
         )  # fmt: skip
         self.embedding_dropout = embedding_dropout
         self.dedupe = dedupe
@@ -159,6 +246,7 @@ class EmbeddingGRU(nn.Module):
         reset: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """tokens [B, T], h0 [num_layers, B, H] -> output [B, T, H], h_n [num_layers, B, H].
 
@@ -166,54 +254,56 @@ class EmbeddingGRU(nn.Module):
         [T, B] without `batch_first`; [T] for one sequence, then h0 and h_n have no B.
         """
         embedding, cells = self.embedding, self.gru
-        ways, per_cell = 2 if cells.bidirectional else 1, 4 if cells.bias else 2
+        ways = 2 if cells.bidirectional else 1
+        first = ways * (4 if cells.bias else 2)
         weights = cells.weights()
+        precision = cells.precision
+        cast = autocast_dtype(tokens.device.type, weights[0])
         if h0 is not None:
             layers = (ways * cells.num_layers, *h0.shape[1:])
             checks.shape("nn.EmbeddingGRU", "h0", h0, layers, "layers and directions")
-            if torch.is_autocast_enabled(h0.device.type):
+            if autocast_on(tokens.device.type):
                 h0 = h0.to(weights[0].dtype)
-        documents: dict[str, Any] = {
-            "reset": reset,
-            "segment_ids": segment_ids,
-            "cu_seqlens": cu_seqlens,
-        }
+        if cast == torch.bfloat16 and precision == "auto":
+            precision = "bf16"
+        common: dict[str, Any] = {
+            "reset": reset, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens,
+            "lengths": lengths, "batch_first": cells.batch_first, "save": cells.save,
+            "precision": precision,
+        }  # fmt: skip
         output, states = embedding_layer(
             "nn.EmbeddingGRU",
             tokens,
             embedding.weight,
-            _cells(weights[: ways * per_cell], per_cell),
+            cells_of("nn.EmbeddingGRU", weights[:first], ways, cells.bias),
             [None] * ways if h0 is None else list(h0[:ways]),
             EmbeddingOptions(
                 embedding.padding_idx, embedding.max_norm, embedding.norm_type,
                 embedding.scale_grad_by_freq, embedding.sparse,
                 self.embedding_dropout if self.training else 0.0,
             ),
-            batch_first=cells.batch_first,
             plan=plan,
             dedupe=self.dedupe,
-            save=cells.save,
-            **documents,
+            **common,
         )  # fmt: skip
-        h_first = torch.stack(states)
-        if cells.num_layers == 1:
-            return output, h_first
-        if cells.dropout and self.training:
-            output = nn.functional.dropout(output, cells.dropout)
-        output, h_rest = gru(
-            output,
-            None if h0 is None else h0[ways:],
-            weights[ways * per_cell :],
-            num_layers=cells.num_layers - 1,
-            bias=cells.bias,
-            bidirectional=cells.bidirectional,
-            batch_first=cells.batch_first,
-            dropout=cells.dropout,
-            training=self.training,
-            save=cells.save,
-            **documents,
-        )
-        return output, torch.cat((h_first, h_rest))
+        h_n = torch.stack(states)
+        if cells.num_layers > 1:
+            if cells.dropout and self.training:
+                output = nn.functional.dropout(output, cells.dropout)
+            above, h_rest = gru(
+                output,
+                None if h0 is None else h0[ways:],
+                weights[first:],
+                num_layers=cells.num_layers - 1,
+                bias=cells.bias,
+                bidirectional=cells.bidirectional,
+                dropout=cells.dropout,
+                training=self.training,
+                **common,
+            )
+            assert isinstance(above, Tensor)  # as the input is
+            output, h_n = above, torch.cat((h_n, h_rest))
+        return (output, h_n) if cast is None else (output.to(cast), h_n.to(cast))
 
     @torch.no_grad()
     def decoder(self) -> GRUDecoder:
@@ -221,48 +311,3 @@ class EmbeddingGRU(nn.Module):
         if self.gru.bidirectional:
             checks.bad_value("nn.EmbeddingGRU.decoder", "bidirectional", "False", True)
         return GRUDecoder(self)
-
-
-def _cells(weights: list[Tensor], per_cell: int) -> list[Any]:
-    """(w_ih, w_hh, b_ih, b_hh) of each cell."""
-    groups = (weights[i : i + per_cell] for i in range(0, len(weights), per_cell))
-    return [(*group, None, None)[:4] for group in groups]
-
-
-class GRUDecoder:
-    """One token at a time: the whole vocabulary projected once, weights packed once.
-
-    It holds V x 3H extra values and does not follow later changes of the weights.
-    """
-
-    def __init__(self, model: EmbeddingGRU) -> None:
-        cells = model.gru
-        per_cell = 4 if cells.bias else 2
-        weights = [w.detach() for w in cells.weights()]
-        self._cells = [weights[i : i + per_cell] for i in range(0, len(weights), per_cell)]
-        self._hidden = cells.hidden_size
-        embedding = model.embedding.weight.detach()
-        first = self._cells[0]
-        self._table = nn.functional.linear(embedding, first[0], *first[2:3])
-        self._packed = [gru_op.pack(cell[1], cell[3] if len(cell) > 2 else None)
-                        for cell in self._cells]  # fmt: skip
-
-    def start(self, batch: int) -> Tensor:
-        """The zero state [num_layers, batch, H]."""
-        return self._table.new_zeros(len(self._cells), batch, self._hidden)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """tokens [B], h [num_layers, B, H] or None -> output [B, H] of the last layer, next h."""
-        if h is None:
-            h = self.start(tokens.shape[0])
-        checks.index_range("nn.GRUDecoder", "tokens", tokens, self._table.shape[0], None)
-        states: list[Tensor] = []
-        index: Tensor | None
-        table, index = self._table, tokens.long().contiguous()
-        for number, cell in enumerate(self._cells):
-            bias = cell[3] if len(cell) > 2 else None
-            if number:
-                table, index = nn.functional.linear(states[-1], cell[0], *cell[2:3]), None
-            states.append(gru_op.step(table, index, cell[1], bias, self._packed[number], h[number]))
-        return states[-1], torch.stack(states)

@@ -156,7 +156,11 @@ def compare_with(
     target where it has been looked up."""
     smoothing = loss.label_smoothing
     weight = None if weight is None else weight.to(dtype)
-    per_token = 1.0 if token_weight is None else token_weight.reshape(-1).to(dtype)
+    per_token: Tensor | float = 1.0
+    if token_weight is not None:
+        per_token = token_weight.reshape(-1).to(dtype)
+        if not soft:  # whatever stands where the target is ignored
+            per_token = torch.where(target.reshape(-1) != loss.ignore_index, per_token, 0.0)
     on_lse_square = per_token * loss.z_loss_weight
     mean = loss.reduction == "mean"
     if soft:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...extension import raw
+from .ragged import Plan
 
 
 def forward(
@@ -18,13 +19,18 @@ def forward(
     batch: int,
     batch_first: bool,
     reverse: bool,
+    round: bool = False,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, hidden = (table if index is None else index).shape[0], w_hh.shape[1]
-    output, gates = table.new_empty(tokens, hidden), table.new_empty(tokens, 4 * hidden)
-    h_n = table.new_empty(batch, hidden)
+    # the kernel writes the tokens of the plan only
+    full = plan is None or plan.covered == tokens
+    output = (table.new_empty if full else table.new_zeros)(tokens, hidden)
+    gates, h_n = table.new_empty(tokens, 4 * hidden), table.new_empty(batch, hidden)
     raw("gru_forward")(
-        table, index, reset, w_hh, b_hh, h0, None, batch_first, reverse, output, h_n, gates
-    )
+        table, index, reset, w_hh, b_hh, h0, None, batch_first, reverse, output, h_n, gates,
+        None if plan is None else plan.packed, round,
+    )  # fmt: skip
     return output, h_n, gates
 
 
@@ -41,15 +47,18 @@ def backward(
     batch: int,
     batch_first: bool,
     reverse: bool,
+    round: bool = False,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    width = 3 * w_hh.shape[1]
-    dhidden = gates.new_empty(gates.shape[0], width)
+    tokens, width = gates.shape[0], 3 * w_hh.shape[1]
+    full = plan is None or plan.covered == tokens
+    dhidden = (gates.new_empty if full else gates.new_zeros)(tokens, width)
     # shared rows are summed by the kernel, token by token in a fixed order
-    dtable = gates.new_empty(rows, width) if index is None else gates.new_zeros(rows, width)
+    dtable = (gates.new_empty if full and index is None else gates.new_zeros)(rows, width)
     dh0, dbias = torch.empty_like(dh_n), gates.new_empty(2, width)
     raw("gru_backward")(
         doutput, dh_n, index, reset, w_hh, h0, output, gates, batch_first, reverse,
-        dhidden, dtable, dh0, dbias,
+        dhidden, dtable, dh0, dbias, None if plan is None else plan.packed, round,
     )  # fmt: skip
     return dtable, dhidden, dh0, dbias
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ... import checks
 from ...library import once_differentiable
-from .op import EmbeddingGRULayer, GRULayer
+from . import sequences
+from .arguments import Cell
+from .autograd import DENSE, EMBEDDING, RAGGED, apply
+from .op import distinct_tokens
+from .sequences import Layout
 from .token_plan import TokenPlan, token_plan
-
-Cell = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 
 
 class EmbeddingOptions(NamedTuple):
@@ -34,6 +36,11 @@ class EmbeddingOptions(NamedTuple):
     sparse: bool = False
     dropout: float = 0.0
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a complete row's gradient is not the row's gradient yet."""
+        return self.scale_grad_by_freq or self.sparse or self.dropout > 0.0
+
     def checked(self, op: str, size: int) -> EmbeddingOptions:
         """With `padding_idx` counted from the start."""
         if not 0.0 <= self.dropout <= 1.0:
@@ -45,52 +52,56 @@ class EmbeddingOptions(NamedTuple):
         return self._replace(padding_idx=self.padding_idx % size)
 
 
-class Direction(NamedTuple):
-    cell: Cell
-    h0: Tensor | None
-    reverse: bool
-    starts: Tensor | None
+class How(NamedTuple):
+    layout: Layout
+    batch_first: bool
+    dedupe: str
+    save: str
+    precision: str
+
+
+class Source(NamedTuple):
+    """What the layers read: row places[i] of `rows` for token i, or row i without."""
+
+    rows: Tensor
+    places: Tensor | None  # in the shape of the tokens
+    unique: Tensor | None = None
+    inverse: Tensor | None = None
+    dedupe: str = "vocab"
+    padding_idx: int | None = None
 
 
 def over_embedding(
-    op: str,
-    tokens: Tensor,
-    weight: Tensor,
-    directions: Sequence[Direction],
-    options: EmbeddingOptions,
-    plan: TokenPlan | None,
-    dedupe: str,
-    batch_first: bool,
-    save: str,
-) -> list[tuple[Tensor, Tensor]]:
-    """(output, h_n) of each direction; tokens [B, T] or [T, B], int64."""
+    op: str, tokens: Tensor, weight: Tensor, cells: Sequence[Cell],
+    states: Sequence[Tensor | None], options: EmbeddingOptions, plan: TokenPlan | None, how: How,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """(output, h_n) of the forward direction, and of the other when there is a second cell;
+    tokens [B, T] or [T, B], int64."""
     if options.sparse and torch.compiler.is_compiling():
         checks.bad_value(op, "sparse", "False under torch.compile", True)
-    if dedupe == "auto":
-        dedupe = "batch" if plan is not None else _cheapest(tokens, weight.shape[0])
+    if how.dedupe == "auto":
+        how = how._replace(dedupe="batch" if plan is not None else _cheapest(tokens, weight))
     if options.max_norm is not None:
         _check_tokens(op, tokens, weight.shape[0])
         used = tokens.contiguous() if plan is None else plan.unique
         with torch.no_grad():
             torch.embedding_renorm_(weight, used, options.max_norm, options.norm_type)
-    by_row = options.scale_grad_by_freq or options.sparse or options.dropout
-    if len(directions) == 1 and not by_row:
-        (way,) = directions
-        unique, inverse = plan[:2] if plan is not None and dedupe == "batch" else (None, None)
-        return [
-            EmbeddingGRULayer.apply(
-                tokens, weight, *way.cell, way.h0, way.starts, unique, inverse,
-                dedupe, options.padding_idx, batch_first, way.reverse, save,
-            )
-        ]  # fmt: skip
-    return _over_rows(op, tokens, weight, directions, options, plan, dedupe, batch_first, save)
+    if len(cells) == 1 and how.layout.where is None and not options.by_row:
+        unique, inverse = plan[:2] if plan is not None and how.dedupe == "batch" else (None, None)
+        source = Source(weight, tokens, unique, inverse, how.dedupe, options.padding_idx)
+    else:
+        source = _rows_first(op, tokens, weight, options, plan, how.dedupe)
+    ways = zip(cells, states, (False, True), strict=False)
+    return [_one_way(source, tokens.shape, *way, how) for way in ways]
 
 
-def _cheapest(tokens: Tensor, size: int) -> str:
-    if tokens.device.type == "cpu":
-        return "batch"
-    # counting distinct tokens there would be a host synchronisation
-    return "vocab" if size <= 1.5 * tokens.numel() else "off"
+def _cheapest(tokens: Tensor, weight: Tensor) -> str:
+    # counting distinct tokens elsewhere would be a host synchronisation
+    return "batch" if tokens.device.type == "cpu" else _without_counting(tokens, weight)
+
+
+def _without_counting(tokens: Tensor, weight: Tensor) -> str:
+    return "vocab" if weight.shape[0] <= 1.5 * tokens.numel() else "off"
 
 
 def _check_tokens(op: str, tokens: Tensor, size: int) -> None:
@@ -99,50 +110,100 @@ def _check_tokens(op: str, tokens: Tensor, size: int) -> None:
         checks.index_range(op, "tokens", tokens, size, None)
 
 
-def _over_rows(
-    op: str,
-    tokens: Tensor,
-    weight: Tensor,
-    directions: Sequence[Direction],
-    options: EmbeddingOptions,
-    plan: TokenPlan | None,
+def _one_way(
+    source: Source, shape: torch.Size, cell: Cell, h0: Tensor | None, reverse: bool, how: How
+) -> tuple[Tensor, Tensor]:
+    _, where, begin, offsets, lengths = how.layout
+    if lengths is not None:
+        return _padded(source, shape, cell, h0, begin, reverse, how)
+    if reverse:
+        begin = sequences.reverse_starts(begin, how.batch_first, where)
+    if where is None:
+        output, h_n = _dense(source, shape, cell, h0, begin, reverse, how)
+        if offsets is not None:
+            h_n = sequences.final_states(output[0], offsets, reverse)
+        return output, h_n
+    where = where.to(source.rows.device)
+    index = None if source.places is None else source.places.reshape(-1)
+    flat = None if begin is None else begin.reshape(-1)
+    placed = (index, where.first, where.lengths, where.offsets)
+    tensors = (source.rows, *cell, h0, flat, *placed)
+    output, h_n = apply(RAGGED, tensors, (where.stride, reverse), how.save, how.precision)
+    return output.view(*shape, cell[1].shape[1]), h_n
+
+
+def _dense(
+    source: Source, shape: torch.Size, cell: Cell, h0: Tensor | None, begin: Tensor | None,
+    reverse: bool, how: How,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, index, unique, inverse, *shared = source
+    laid = (how.batch_first, reverse)
+    if index is None:
+        dense = rows.view(*shape, rows.shape[1])
+        return apply(DENSE, (dense, *cell, h0, begin), laid, how.save, how.precision)
+    tensors = (index, rows, *cell, h0, begin, unique, inverse)
+    return apply(EMBEDDING, tensors, (*shared, *laid), how.save, how.precision)
+
+
+def _padded(
+    source: Source, shape: torch.Size, cell: Cell, h0: Tensor | None, begin: Tensor | None,
+    reverse: bool, how: How,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Whole rows, masked; the reverse direction is the forward one on turned sequences."""
+    assert how.layout.lengths is not None
+    padded = sequences.Padded(how.layout.lengths, how.batch_first)
+    if reverse:
+        if source.places is None:
+            dense = padded.turned(source.rows.view(*shape, source.rows.shape[1]))
+            source = source._replace(rows=dense.flatten(0, 1))
+        else:
+            source = source._replace(places=padded.turned(source.places))
+        begin = padded.turned_starts(begin)
+    output, _ = _dense(source, shape, cell, h0, begin, False, how)
+    h_n, output = padded.last(output, h0), padded.masked(output)
+    return (padded.turned(output) if reverse else output), h_n
+
+
+def _rows_first(
+    op: str, tokens: Tensor, weight: Tensor, options: EmbeddingOptions, plan: TokenPlan | None,
     dedupe: str,
-    batch_first: bool,
-    save: str,
-) -> list[tuple[Tensor, Tensor]]:
-    """The rows first, as a tensor of their own, which both directions read."""
-    size = weight.shape[0]
+) -> Source:  # fmt: skip
+    """The rows as a tensor of their own, which both directions and sequences of any length read."""
+    size, padding_idx = weight.shape[0], options.padding_idx
     if plan is None and dedupe == "batch" and torch.compiler.is_compiling():
         # the number of distinct tokens is not a size that a graph can have
-        dedupe = "vocab" if size <= 1.5 * tokens.numel() else "off"
+        dedupe = _without_counting(tokens, weight)
     _check_tokens(op, tokens, size)
+    unique = inverse = counts = None
     if plan is None and (dedupe == "batch" or options.sparse):
-        plan = token_plan(tokens, size)
-    keep = None
-    if options.dropout:
-        keep = torch.empty(size, device=weight.device).bernoulli_(1.0 - options.dropout)
-        keep = keep if options.dropout == 1.0 else keep / (1.0 - options.dropout)
-    counts = None
+        if options.scale_grad_by_freq:
+            plan = token_plan(tokens, size)
+        else:
+            unique, inverse = distinct_tokens(tokens.reshape(-1), size)
+    if plan is not None:
+        unique, inverse = plan[:2]
     if options.scale_grad_by_freq:
         counts = _counts(tokens, size) if plan is None else plan.counts()
-    unique, inverse = (None, None) if plan is None else plan[:2]
-    rows = Rows.apply(
-        weight, tokens, keep, counts, unique, inverse, dedupe, options.padding_idx, options.sparse
-    )
-    results = []
-    for cell, h0, reverse, starts in directions:
-        if dedupe == "off":
-            dense = rows.view(*tokens.shape, weight.shape[1])
-            results.append(GRULayer.apply(dense, *cell, h0, starts, batch_first, reverse, save))
-        else:
-            index = tokens if dedupe == "vocab" or inverse is None else inverse.view(tokens.shape)
-            results.append(
-                EmbeddingGRULayer.apply(
-                    index, rows, *cell, h0, starts, None, None, "vocab", None, batch_first,
-                    reverse, save,
-                )
-            )  # fmt: skip
-    return results
+    index = {"batch": inverse, "vocab": tokens, "off": None}[dedupe]
+    index = None if index is None else index.view(tokens.shape)
+    if options.by_row:
+        keep = _kept_words(weight, options.dropout) if options.dropout else None
+        rows = Rows.apply(
+            weight, tokens, keep, counts, unique, inverse, dedupe, padding_idx, options.sparse
+        )
+        return Source(rows, index)
+    if dedupe == "vocab" and padding_idx is None:
+        return Source(weight, index)
+    every = torch.arange(size, device=weight.device) if dedupe == "vocab" else tokens.reshape(-1)
+    chosen = unique if dedupe == "batch" else every
+    assert chosen is not None
+    return Source(torch.nn.functional.embedding(chosen, weight, padding_idx), index)
+
+
+def _kept_words(weight: Tensor, dropout: float) -> Tensor:
+    """[V]: 0 for a word that is dropped, else what its row is scaled by."""
+    keep = torch.empty(weight.shape[0], device=weight.device).bernoulli_(1.0 - dropout)
+    return keep if dropout == 1.0 else keep / (1.0 - dropout)
 
 
 def _counts(tokens: Tensor, size: int) -> Tensor:

@@ -1,8 +1,9 @@
 """One GRU layer around a recurrence: the input projection before it, the products after it.
 
 The recurrence (`reference` or a kernel with the same arguments) does what is sequential; the large
-matrix products here are the library's. Computation is in float32, or float64 for float64 inputs;
-`gates` is saved in that dtype, everything else in the dtype of the weights.
+products here are those of `matmul`. Computation is in float32, or float64 for float64 inputs;
+`gates` is saved in that dtype, everything else in the dtype of the weights. With precision "bf16"
+the operands of every product are rounded to bfloat16; sums, gates and the state are not.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from ... import matmul
+from . import ragged, reference
+from .ragged import Plan
 
 
 class Recurrence(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     token_plan: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    product: Callable[..., Tensor]  # of a, b and optionally a bias: a @ b + bias
+    # of a, b and optionally a bias: a @ b + bias; the second where a row of the result must not
+    # depend on the rows around it, so that a document has the same bits alone and among others
+    product: Callable[..., Tensor] = matmul.plain
+    each_row: Callable[..., Tensor] = matmul.plain_each_row
 
 
 def _wide(x: Any) -> Any:
@@ -30,10 +36,14 @@ def _wide(x: Any) -> Any:
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
+def _operand(x: Any, round: bool) -> Any:
+    return reference.rounded(_wide(x)) if round else _wide(x)
+
+
 def _project(
-    recurrence: Recurrence, rows: Tensor, w_ih: Tensor, b_ih: Tensor | None
-) -> Tensor:  # fmt: skip
-    return recurrence.product(rows, _wide(w_ih).t(), _wide(b_ih))
+    recurrence: Recurrence, rows: Tensor, w_ih: Tensor, b_ih: Tensor | None, round: bool
+) -> Tensor:
+    return recurrence.each_row(_operand(rows, round), _operand(w_ih, round).t(), _wide(b_ih))
 
 
 def _plan(
@@ -51,15 +61,41 @@ def _plan(
 
 
 class _Call(NamedTuple):
-    """How tokens are laid out."""
+    """How tokens are laid out, and how exact the products are."""
 
     batch: int
     batch_first: bool
     reverse: bool
+    round: bool = False
+    plan: Plan | None = None  # sequences of different lengths; batch counts them
+
+    def recurrence(self) -> dict[str, Any]:
+        """What a recurrence takes beside the layout, named only where it is used."""
+        plan = {} if self.plan is None else {"plan": self.plan}
+        return {**plan, "round": True} if self.round else plan
+
+    def previous(self, output: Tensor, reset: Tensor | None, h0: Tensor | None) -> Tensor:
+        if self.plan is not None:
+            return ragged.previous_states(output, reset, h0, self.plan, self.reverse)
+        return reference.previous_states(output, reset, h0, *self[:3])
 
 
-def _layout(first_two: torch.Size, batch_first: bool, reverse: bool) -> _Call:
-    return _Call(first_two[0] if batch_first else first_two[1], batch_first, reverse)
+def _layout(first_two: torch.Size, batch_first: bool, reverse: bool, precision: str) -> _Call:
+    batch = first_two[0] if batch_first else first_two[1]
+    return _Call(batch, batch_first, reverse, precision == "bf16")
+
+
+def _reordered(h: Tensor | None, call: _Call) -> Tensor | None:
+    """States of the caller's sequences in the order of the plan."""
+    return h if h is None or call.plan is None else h[call.plan.order]
+
+
+def _restored(h: Tensor, call: _Call) -> Tensor:
+    return h if call.plan is None else torch.empty_like(h).index_copy_(0, call.plan.order, h)
+
+
+def _flat(reset: Tensor | None) -> Tensor | None:
+    return None if reset is None else reset.reshape(-1).contiguous()
 
 
 def _run_forward(
@@ -67,20 +103,22 @@ def _run_forward(
     weights: tuple[Tensor, Tensor | None], h0: Tensor | None, call: _Call, dtype: torch.dtype,
     shape: torch.Size, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    w_hh, b_hh = (_wide(x) for x in weights)
-    flat_reset = None if reset is None else reset.reshape(-1).contiguous()
-    if shape.numel() == 0:
-        hidden = w_hh.shape[1]
+    w_hh, b_hh = _operand(weights[0], call.round), _wide(weights[1])
+    hidden = w_hh.shape[1]
+    if shape.numel() == 0 or call.batch == 0:
         start = table.new_zeros(call.batch, hidden) if h0 is None else _wide(h0).clone()
         return (
-            table.new_empty(*shape, hidden, dtype=dtype),
+            table.new_zeros(*shape, hidden, dtype=dtype),
             start.to(dtype),
-            table.new_empty(0, 4 * hidden),
+            table.new_empty(shape.numel() if save else 0, 4 * hidden),
         )
-    output, h_n, gates = recurrence.forward(table, index, flat_reset, w_hh, b_hh, _wide(h0), *call)
+    output, h_n, gates = recurrence.forward(
+        table, index, _flat(reset), w_hh, b_hh, _reordered(_wide(h0), call), *call[:3],
+        **call.recurrence(),
+    )  # fmt: skip
     if not save:
         gates = gates.new_empty(0, gates.shape[1])
-    return output.to(dtype).view(*shape, -1), h_n.to(dtype), gates
+    return output.to(dtype).view(*shape, -1), _restored(h_n.to(dtype), call), gates
 
 
 class _Saved(NamedTuple):
@@ -97,11 +135,11 @@ def _run_backward(
     table: Callable[[], Tensor], rows: int, saved: _Saved, call: _Call, need_w_hh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dtable, dw_hh, dbias [2, 3H], dh0 in the dtype of the computation."""
-    w_hh, h0 = _wide(saved.w_hh), _wide(saved.h0)
-    output = _wide(saved.output).flatten(0, 1)
-    reset = None if saved.reset is None else saved.reset.reshape(-1).contiguous()
-    width = w_hh.shape[0]
-    if output.shape[0] == 0:
+    w_hh, h0 = _operand(saved.w_hh, call.round), _reordered(_wide(saved.h0), call)
+    width, hidden = w_hh.shape
+    output, doutput = (_wide(x).reshape(-1, hidden) for x in (saved.output, doutput))
+    reset = _flat(saved.reset)
+    if output.shape[0] == 0 or call.batch == 0:
         return (
             output.new_zeros(rows, width),
             torch.zeros_like(w_hh),
@@ -110,30 +148,32 @@ def _run_backward(
         )
     gates, previous = saved.gates, None
     if gates.shape[0] == 0:
-        previous = reference.previous_states(output, reset, h0, *call)
-        gates = reference.recompute_gates(table(), index, previous, w_hh, _wide(saved.b_hh))
+        previous = call.previous(output, reset, h0)
+        operand = _operand(previous, call.round)
+        gates = reference.recompute_gates(table(), index, operand, w_hh, _wide(saved.b_hh))
     dtable, dhidden, dh0, dbias = recurrence.backward(
-        _wide(doutput).flatten(0, 1), _wide(dh_n), index, rows, reset, w_hh, h0, output, gates,
-        *call,
+        doutput, _reordered(_wide(dh_n), call), index, rows, reset, w_hh, h0, output, gates,
+        *call[:3], **call.recurrence(),
     )  # fmt: skip
     dw_hh = w_hh.new_empty(0)
     if need_w_hh:
         if previous is None:
-            previous = reference.previous_states(output, reset, h0, *call)
-        dw_hh = recurrence.product(dhidden.t(), previous)
-    return dtable, dw_hh, dbias, dh0
+            previous = call.previous(output, reset, h0)
+        operands = _operand(dhidden, call.round), _operand(previous, call.round)
+        dw_hh = recurrence.product(operands[0].t(), operands[1])
+    return dtable, dw_hh, dbias, _restored(dh0, call)
 
 
 def embedding_forward(
     recurrence: Recurrence, tokens: Tensor, weight: Tensor, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None, reset: Tensor | None,
     unique: Tensor | None, inverse: Tensor | None, dedupe: str, padding_idx: int | None,
-    batch_first: bool, reverse: bool, save: bool,
+    batch_first: bool, reverse: bool, save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    table = _project(recurrence, _wide(weight if rows is None else weight[rows]), w_ih, b_ih)
-    call = _layout(tokens.shape, batch_first, reverse)
+    call = _layout(tokens.shape, batch_first, reverse, precision)
+    table = _project(recurrence, weight if rows is None else weight[rows], w_ih, b_ih, call.round)
     return _run_forward(
         recurrence, table, index, reset, (w_hh, b_hh), h0, call, weight.dtype, tokens.shape, save
     )
@@ -144,23 +184,22 @@ def embedding_backward(
     w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
     reset: Tensor | None, unique: Tensor | None, inverse: Tensor | None, output: Tensor,
     gates: Tensor, dedupe: str, padding_idx: int | None, batch_first: bool, reverse: bool,
-    need_weight: bool, need_w_ih: bool, need_w_hh: bool,
+    need_weight: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dweight, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    used = _wide(weight if rows is None else weight[rows])
+    call = _layout(tokens.shape, batch_first, reverse, precision)
+    used = _operand(weight if rows is None else weight[rows], call.round)
     dtable, dw_hh, dbias, dh0 = _run_backward(
         recurrence, doutput, dh_n, index,
-        lambda: _project(recurrence, used, w_ih, b_ih), used.shape[0],
-        _Saved(w_hh, b_hh, h0, reset, output, gates),
-        _layout(tokens.shape, batch_first, reverse), need_w_hh,
+        lambda: _project(recurrence, used, w_ih, b_ih, call.round), used.shape[0],
+        _Saved(w_hh, b_hh, h0, reset, output, gates), call, need_w_hh,
     )  # fmt: skip
-    dw_ih, dweight = dtable.new_empty(0), weight.new_empty(0)
-    if need_w_ih:
-        dw_ih = recurrence.product(dtable.t(), used)
+    needs = (need_w_ih, need_weight)
+    dw_ih, dused = _input_gradients(recurrence, dtable, used, w_ih, call.round, *needs)
+    dweight = weight.new_empty(0)
     if need_weight:
-        dused = recurrence.product(dtable, _wide(w_ih))
         if rows is None:
             dweight = dused.to(weight.dtype)
         elif dedupe == "off":
@@ -176,13 +215,27 @@ def embedding_backward(
     return dweight, dw_ih.to(dtype), dw_hh.to(dtype), dbias.to(dtype), dh0.to(dtype)
 
 
+def _input_gradients(
+    recurrence: Recurrence, dtable: Tensor, rows: Tensor, w_ih: Tensor, round: bool,
+    need_w_ih: bool, need_rows: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the input weights and of the projected rows, empty where not needed."""
+    dtable = _operand(dtable, round)
+    dw_ih = drows = dtable.new_empty(0)
+    if need_w_ih:
+        dw_ih = recurrence.product(dtable.t(), rows)
+    if need_rows:
+        drows = recurrence.each_row(dtable, _operand(w_ih, round))
+    return dw_ih, drows
+
+
 def gru_forward(
     recurrence: Recurrence, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
     b_hh: Tensor | None, h0: Tensor | None, reset: Tensor | None, batch_first: bool,
-    reverse: bool, save: bool,
+    reverse: bool, save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    table = _project(recurrence, _wide(input).flatten(0, 1), w_ih, b_ih)
-    call = _layout(input.shape[:2], batch_first, reverse)
+    call = _layout(input.shape[:2], batch_first, reverse, precision)
+    table = _project(recurrence, input.flatten(0, 1), w_ih, b_ih, call.round)
     return _run_forward(
         recurrence, table, None, reset, (w_hh, b_hh), h0, call, input.dtype, input.shape[:2], save
     )
@@ -192,19 +245,60 @@ def gru_backward(
     recurrence: Recurrence, doutput: Tensor, dh_n: Tensor, input: Tensor, w_ih: Tensor,
     w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
     reset: Tensor | None, output: Tensor, gates: Tensor, batch_first: bool, reverse: bool,
-    need_input: bool, need_w_ih: bool, need_w_hh: bool,
+    need_input: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dinput, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
-    rows = _wide(input).flatten(0, 1)
-    dtable, dw_hh, dbias, dh0 = _run_backward(
-        recurrence, doutput, dh_n, None,
-        lambda: _project(recurrence, rows, w_ih, b_ih), rows.shape[0],
-        _Saved(w_hh, b_hh, h0, reset, output, gates),
-        _layout(input.shape[:2], batch_first, reverse), need_w_hh,
+    call = _layout(input.shape[:2], batch_first, reverse, precision)
+    return _dense_backward(
+        recurrence, doutput, dh_n, input, None, w_ih, b_ih,
+        _Saved(w_hh, b_hh, h0, reset, output, gates), call, (need_input, need_w_ih, need_w_hh),
     )  # fmt: skip
-    dw_ih = recurrence.product(dtable.t(), rows) if need_w_ih else rows.new_empty(0)
-    dinput = rows.new_empty(0)
-    if need_input:
-        dinput = recurrence.product(dtable, _wide(w_ih)).view(input.shape)
+
+
+def _dense_backward(
+    recurrence: Recurrence, doutput: Tensor, dh_n: Tensor, input: Tensor, index: Tensor | None,
+    w_ih: Tensor, b_ih: Tensor | None, saved: _Saved, call: _Call,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_input, need_w_ih, need_w_hh = needs
+    rows = _operand(input, call.round).flatten(0, -2)
+    dtable, dw_hh, dbias, dh0 = _run_backward(
+        recurrence, doutput, dh_n, index,
+        lambda: _project(recurrence, rows, w_ih, b_ih, call.round), rows.shape[0], saved,
+        call, need_w_hh,
+    )  # fmt: skip
+    wanted = (need_w_ih, need_input)
+    dw_ih, drows = _input_gradients(recurrence, dtable, rows, w_ih, call.round, *wanted)
+    dinput = drows.view(input.shape) if need_input else drows
     dtype = input.dtype
     return dinput.to(dtype), dw_ih.to(dtype), dw_hh.to(dtype), dbias.to(dtype), dh0.to(dtype)
+
+
+def ragged_forward(
+    recurrence: Recurrence, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, h0: Tensor | None, reset: Tensor | None, index: Tensor | None,
+    first: Tensor, lengths: Tensor, offsets: Tensor | None, stride: int, reverse: bool,
+    save: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = ragged.make_plan(first, lengths, offsets, stride)
+    call = _Call(first.shape[0], True, reverse, precision == "bf16", plan)
+    table = _project(recurrence, input, w_ih, b_ih, call.round)
+    tokens = (input if index is None else index).shape[:1]
+    return _run_forward(
+        recurrence, table, index, reset, (w_hh, b_hh), h0, call, input.dtype, tokens, save
+    )
+
+
+def ragged_backward(
+    recurrence: Recurrence, doutput: Tensor, dh_n: Tensor, input: Tensor, w_ih: Tensor,
+    w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
+    reset: Tensor | None, index: Tensor | None, first: Tensor, lengths: Tensor,
+    offsets: Tensor | None, output: Tensor, gates: Tensor, stride: int, reverse: bool,
+    need_input: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = ragged.make_plan(first, lengths, offsets, stride)
+    call = _Call(first.shape[0], True, reverse, precision == "bf16", plan)
+    return _dense_backward(
+        recurrence, doutput, dh_n, input, index, w_ih, b_ih,
+        _Saved(w_hh, b_hh, h0, reset, output, gates), call, (need_input, need_w_ih, need_w_hh),
+    )  # fmt: skip

@@ -18,6 +18,32 @@ def _by_step(flat: Tensor, batch: int, batch_first: bool) -> Tensor:
     return flat.unflatten(0, (-1, batch))
 
 
+def rounded(x: Tensor) -> Tensor:
+    """To the nearest bfloat16, in the same dtype."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def cell(
+    gates_x: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None, round: bool
+) -> tuple[Tensor, Tensor]:
+    """The next state [B, H] and gates [B, 4H]; `round` takes the product of rounded states."""
+    recurrent = torch.nn.functional.linear(rounded(h) if round else h, w_hh, b_hh)
+    x_r, x_z, x_n = gates_x.chunk(3, -1)
+    h_r, h_z, a = recurrent.chunk(3, -1)
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * a)
+    return n + z * (h - n), torch.cat((r, z, n, a), -1)
+
+
+def cell_backward(d: Tensor, h: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of the next state: (dr, dz, dn), (dr, dz, dn * r), and dh through z."""
+    r, z, n, a = gates.chunk(4, -1)
+    dn = d * (1 - z) * (1 - n * n)
+    dz = d * (h - n) * z * (1 - z)
+    dr = dn * a * r * (1 - r)
+    return torch.cat((dr, dz, dn), -1), torch.cat((dr, dz, dn * r), -1), d * z
+
+
 def forward(
     table: Tensor,
     index: Tensor | None,
@@ -28,10 +54,13 @@ def forward(
     batch: int,
     batch_first: bool,
     reverse: bool,
+    round: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`table` [rows, 3H] holds W_i* x + b_i*, one row a token or, with `index` [N], shared ones.
 
     Returns output [N, H], h_n [B, H] and gates [N, 4H] = (r, z, n, a), in the dtype of `table`.
+    With `round` the recurrent product takes states rounded to bfloat16 (and the caller's w_hh,
+    rounded); the states themselves are carried unrounded.
     """
     gates_x = _by_step(table if index is None else table[index], batch, batch_first)
     hidden = w_hh.shape[1]
@@ -44,14 +73,8 @@ def forward(
     for t in reversed(steps) if reverse else steps:
         if reset_steps is not None:
             h = torch.where(reset_steps[t][:, None] != 0, 0.0, h)
-        recurrent = torch.nn.functional.linear(h, w_hh, b_hh)
-        x_r, x_z, x_n = gates_x[t].chunk(3, -1)
-        h_r, h_z, a = recurrent.chunk(3, -1)
-        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * a)
-        h = n + z * (h - n)
-        out_steps[t] = h
-        gate_steps[t] = torch.cat((r, z, n, a), -1)
+        h, saved = cell(gates_x[t], h, w_hh, b_hh, round)
+        out_steps[t], gate_steps[t] = h, saved
     return output, h.clone(), gates
 
 
@@ -100,6 +123,7 @@ def backward(
     batch: int,
     batch_first: bool,
     reverse: bool,
+    round: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`rows` is the number of rows of the table that `index` points into.
 
@@ -108,20 +132,17 @@ def backward(
     """
     previous = previous_states(output, reset, h0, batch, batch_first, reverse)
     dinput, dhidden = (gates.new_empty(gates.shape[0], 3 * w_hh.shape[1]) for _ in range(2))
-    per_token = (doutput, previous, *gates.chunk(4, -1), dinput, dhidden)
+    per_token = (doutput, previous, gates, dinput, dhidden)
     steps = [_by_step(x, batch, batch_first) for x in per_token]
     reset_steps = None if reset is None else _by_step(reset, batch, batch_first)
     carry = dh_n
     times = range(steps[0].shape[0])
     for t in times if reverse else reversed(times):
-        dout_t, h_t, r, z, n, a, dinput_t, dhidden_t = (x[t] for x in steps)
-        d = carry + dout_t
-        dn = d * (1 - z) * (1 - n * n)
-        dz = d * (h_t - n) * z * (1 - z)
-        dr = dn * a * r * (1 - r)
-        dinput_t.copy_(torch.cat((dr, dz, dn), -1))
-        dhidden_t.copy_(torch.cat((dr, dz, dn * r), -1))
-        carry = d * z + dhidden_t @ w_hh
+        dout_t, h_t, gates_t, dinput_t, dhidden_t = (x[t] for x in steps)
+        to_input, to_hidden, direct = cell_backward(carry + dout_t, h_t, gates_t)
+        dinput_t.copy_(to_input)
+        dhidden_t.copy_(to_hidden)
+        carry = direct + (rounded(to_hidden) if round else to_hidden) @ w_hh
         if reset_steps is not None:
             carry = torch.where(reset_steps[t][:, None] != 0, 0.0, carry)
     dtable = dinput

@@ -11,7 +11,8 @@ Two ways, chosen by what the caller asks for:
   written to before the backward, a `group`, whose other members have the rest of each row):
   `linear_row_statistics`, whose backward computes the logits again (8 N H V).
 
-Saved: the inputs, two numbers per row, and in the first way the gradients.
+Saved: the inputs, two numbers per row, and in the first way the gradients (of float16 in float32,
+because float16 has not the range of what is scaled afterwards).
 
 Backends: those of `linear_row_statistics`, which has the loop.
 """
@@ -30,7 +31,14 @@ from ..cross_entropy.loss import Loss, Rows
 from ..cross_entropy.op import cross_entropy
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics import parallel, schedule
-from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, Span
+from ..linear_row_statistics.chunks import (
+    Compared,
+    Layer,
+    Needs,
+    RowKernels,
+    Span,
+    held_dtype,
+)
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
 from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
 from .options import accumulator, chunk_bytes
@@ -45,7 +53,8 @@ _OP = "linear_cross_entropy"
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     statistics = linear.empty_statistics(args[0], args[3], args[8:12])
-    return *statistics, *linear.empty_gradients(Layer(*args[:3]), args[17:20])
+    held = held_dtype(args[0])
+    return *statistics, *linear.empty_gradients(Layer(*args[:3]), args[17:20], held)
 
 
 _with_gradients = library.define(
@@ -121,10 +130,11 @@ class _KnownRows(torch.autograd.Function):
                 return None, None, None, *nothing
             traced = ctx.saved_tensors[9:12]
             if any(g is not None for g in traced):
-                return *(None if g is None else g * dloss for g in traced), *nothing
+                scaled = [None if g is None else g * dloss for g in traced]
+                return *(None if g is None else g.to(layer.input.dtype) for g in scaled), *nothing
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is not None:
-                return *linear.scaled(gradients, dloss), *nothing
+                return *linear.released(gradients, dloss, layer.input.dtype), *nothing
         per_row = [None if p is None or dloss is None else p * dloss for p in per_row]
         upstream = _upstream(dlse, dentropy, lse, per_row)
         statistics = ctx.saved_tensors[12:]
@@ -290,8 +300,9 @@ def linear_cross_entropy(
         if not (soft and target.requires_grad):
             return _chunked(layer, target, weight, token_weight, loss, soft, shift, options, shard)
         _refuse_shift(shift, "0 with probabilities that need a gradient")
-        logits = torch.nn.functional.linear(*layer).flatten(0, -2)
-        target = target.flatten(0, -2)
+        logits = torch.nn.functional.linear(*layer)
+        if logits.dim() > 2:  # classes second, as cross_entropy has them
+            logits, target = logits.movedim(-1, 1), target.movedim(-1, 1)
     return cross_entropy(
         logits,
         target,

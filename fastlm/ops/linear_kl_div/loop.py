@@ -18,43 +18,68 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks, library
+from ... import checks, library, matmul
 from ..cross_entropy.loss import REDUCTIONS, finite
 from ..linear_cross_entropy.options import chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import (
+    LIBRARY,
     Chunk,
     Gradients,
     Layer,
+    Matmul,
     Needs,
     Products,
     Span,
     chunk_rows,
+    held_dtype,
     spans,
 )
 from ..row_statistics.op import result_dtype
 
-# logits of student and teacher and two buffers of their size live at once
-_BUFFERS = 4
-_LEAST_ROWS = 64
+# rows of a chunk by default, at least: with 64 the products of a wide layer (V=50257, H=1024) made
+# the whole 0.96x of plain PyTorch on 2 threads, with 86 1.03x; 2 cores of an EPYC, 2026-11. By the
+# number of buffers; more than two are the reference's
+_LEAST_ROWS = {2: 96}
+# of the weight in one product on a CPU: the library reads a weight of 200 MB in slices of this size
+# up to 1.2x as fast as at once, one of 16 MB 1.05x (rows 64, 128; the same machine)
+_SLICE_BYTES = 4 << 20
 
-# (logits of a chunk, which are spent, its rows, factor [n, 1] of the gradient or None for none) ->
+# (logits of a chunk, which are spent, its rows, factor [n] of the gradient or None for none) ->
 # divergence [n], gradient [n, V]
 Rows = Callable[[Tensor, Span, Tensor | None], tuple[Tensor, Tensor]]
-# rows per chunk -> Rows
-Prepare = Callable[[int], Rows]
 
 
-def _chunk(layer: Layer, max_bytes: int) -> int:
+class Prepared(NamedTuple):
+    """How the rows of a chunk are compared with the teacher's."""
+
+    rows: Callable[[int], Rows]  # of the rows per chunk
+    buffers: int  # of a chunk's size that live at once, the student's logits among them
+    matmul: Matmul = LIBRARY
+
+
+def _chunk(layer: Layer, max_bytes: int, buffers: int) -> int:
     rows, classes = layer.input.shape[0], layer.weight.shape[0]
-    itemsize, device = result_dtype(layer.input).itemsize, layer.input.device.type
+    itemsize, device = result_dtype(layer.input).itemsize, layer.input.device
     if max_bytes > 0:
-        return chunk_rows(rows, _BUFFERS * classes, itemsize, max_bytes, device)
+        return chunk_rows(rows, buffers * classes, itemsize, max_bytes, device)
     if max_bytes < 0:  # minus the rows
         return chunk_rows(rows, classes, itemsize, -max_bytes * classes * itemsize, device)
-    one_buffer = chunk_rows(rows, classes, itemsize, 0, device)
-    most = max(_LEAST_ROWS, one_buffer // (_BUFFERS - 1))
+    own_choice = chunk_rows(rows, buffers * classes, itemsize, 0, device)
+    if device.type != "cpu":
+        return own_choice
+    # the share of the rows that `chunk_rows` takes is meant for little more than one buffer
+    least = 64 if matmul.own_is_faster() else _LEAST_ROWS.get(buffers, 64)
+    most = max(least, 2 * own_choice // buffers)
     return chunk_rows(rows, classes, itemsize, most * classes * itemsize, device)
+
+
+def chunk_of(layer: Layer, rows: int) -> Chunk:
+    """What the products take at a time."""
+    if layer.input.device.type != "cpu" or matmul.own_is_faster():
+        return Chunk(rows)
+    row_bytes = max(1, layer.input.shape[1]) * result_dtype(layer.input).itemsize
+    return Chunk(rows, classes=max(64, _SLICE_BYTES // row_bytes))
 
 
 def _on_cpu(value: Tensor) -> bool:
@@ -75,16 +100,16 @@ def run(
     row_weight: Tensor | None,
     needs: Needs,
     max_bytes: int,
-    prepare: Prepare,
+    prepared: Prepared,
 ) -> tuple[Tensor, ...]:
     """The op's results. Rows that `keep` takes out are not computed on a CPU; elsewhere choosing
     rows would wait for the device."""
-    rows, chunk = layer.input.shape[0], _chunk(layer, max_bytes)
+    rows, chunk = layer.input.shape[0], _chunk(layer, max_bytes, prepared.buffers)
     layer = layer._replace(input=without_masked(layer.input, keep))
     row_weight = None if row_weight is None else without_masked(row_weight, keep)
-    products = Products(layer, Chunk(chunk))
-    gradients = Gradients(products, needs)
-    compare = prepare(chunk)
+    products = Products(layer, chunk_of(layer, chunk), prepared.matmul)
+    gradients = Gradients(products, needs, dtype=held_dtype(layer.input))
+    compare = prepared.rows(chunk)
     value = products.new(rows)
     live = None
     if keep is not None and _on_cpu(value):
@@ -95,7 +120,7 @@ def run(
         logits = products.logits(span)
         factor = None
         if row_weight is not None and any(needs):
-            factor = row_weight[span][:, None]
+            factor = row_weight[span]
         value[span], dlogits = compare(logits, span, factor)
         if factor is not None:
             gradients.add(dlogits, span)
@@ -104,7 +129,7 @@ def run(
 
 def fake(layer: Layer, needs: Any) -> tuple[Tensor, ...]:
     value = layer.input.new_empty(layer.input.shape[0], dtype=result_dtype(layer.input))
-    return value, *linear.empty_gradients(layer, needs)
+    return value, *linear.empty_gradients(layer, needs, held_dtype(layer.input))
 
 
 def _overload(name: str) -> Any:
@@ -131,15 +156,17 @@ class _KnownWeights(torch.autograd.Function):
     @library.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, row_weight = ctx.saved_tensors[:-3]
-        nothing = (None,) * (len(tensors) - 2 + len(ctx.rest))
+        nothing, dtype = (None,) * (len(tensors) - 2 + len(ctx.rest)), tensors[0].dtype
         traced = ctx.saved_tensors[-3:]
         if any(g is not None for g in traced):
-            return None, None, *(None if g is None else g * dloss for g in traced), *nothing
+            found = [None if g is None else (g * dloss).to(dtype) for g in traced]
+            return None, None, *found, *nothing
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
-            return None, None, *linear.scaled(gradients, dloss), *nothing
+            return None, None, *linear.released(gradients, dloss, dtype), *nothing
         _, *found = _overload(ctx.name)(*tensors, row_weight * dloss, *ctx.rest)
-        found = [g if need else None for g, need in zip(found, ctx.rest[-3:], strict=True)]
+        needs = ctx.rest[-3:]
+        found = [g.to(dtype) if need else None for g, need in zip(found, needs, strict=True)]
         return None, None, *found, *nothing
 
 
@@ -158,7 +185,8 @@ class _EachRow(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:5]
         tensors = ctx.saved_tensors
         _, *found = _overload(ctx.name)(*tensors, dvalue.contiguous(), *ctx.options, *needs)
-        found = [g if need else None for g, need in zip(found, needs, strict=True)]
+        dtype = tensors[0].dtype
+        found = [g.to(dtype) if need else None for g, need in zip(found, needs, strict=True)]
         return None, None, *found, *(None,) * (len(tensors) - 2 + len(ctx.options) + 3)
 
 

@@ -7,27 +7,34 @@ Saved: the inputs and, where the weight of each row is known beforehand, the gra
 weight and bias, computed along with the value (6 N H V operations for the student, 2 for the
 teacher, which gets no gradient). Otherwise ("none") the backward computes the logits again.
 
-Memory beyond inputs and gradients: four chunks of logits, each a third of the rows that
-`linear_row_statistics` takes (at least 64); for half-precision inputs what it needs for them.
+Memory beyond inputs and gradients: on a CPU one chunk of each one's logits, of an eighth of the
+rows, at least 96 (products of fewer are slow) or 5 MiB, at most 512; the reference holds four of
+half as many rows. For half-precision inputs what `linear_row_statistics` needs for them.
 
-Backends: reference, the products by the library and the rows in plain PyTorch; any float dtype.
+Backends: in all of them the library computes the products, in chunks of rows. triton and cpu take
+float32, bfloat16 and float16 (the logits are float32) and compare the rows in a kernel, which
+leaves the gradient where the student's logits were; reference compares them in plain PyTorch, any
+float dtype. NaN and infinite logits give what `log_softmax` gives.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, library
+from ... import checks, dispatch, extension, library, triton_backend
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Chunk, Layer, Needs, Products, Span
+from ..linear_row_statistics.chunks import FASTEST, LIBRARY, Layer, Matmul, Needs, Products, Span
+from ..row_statistics import op as rows_op
 from ..row_statistics.op import result_dtype
 from . import loop, reference
 
 _OP = "linear_kl_div"
+KINDS = ("forward", "reverse", "jsd")  # as the enum of csrc/divergence
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -45,37 +52,86 @@ library.define(
 )
 
 
+class _Rows(NamedTuple):
+    """An implementation of `divergence` of rows, and the buffers it needs beside both logits."""
+
+    compare: Callable[..., tuple[Tensor, Tensor]]
+    scratch: int = 0
+    matmul: Matmul = LIBRARY
+
+
 class _Teacher:
     """Compares chunks of the student's logits with the teacher's."""
 
-    def __init__(
-        self, layer: Layer, divergence: str, beta: float, scale: float, chunk: int
-    ) -> None:
-        self.products = Products(layer, Chunk(chunk))
-        self.scratch = self.products.new(2, chunk, layer.weight.shape[0])
-        self.divergence, self.beta, self.scale = divergence, beta, scale
+    def __init__(self, kernel: _Rows, layer: Layer, options: tuple[Any, ...], chunk: int) -> None:
+        self.products = Products(layer, loop.chunk_of(layer, chunk), kernel.matmul)
+        self.scratch = self.products.new(kernel.scratch, chunk, layer.weight.shape[0])
+        self.kernel, self.options = kernel, options
 
     def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        theirs = self.products.logits(span)
-        log_q = reference.log_softmax(logits, self.scale, self.scratch[0, : len(logits)])
-        log_p = reference.log_softmax(theirs, self.scale, self.scratch[1, : len(logits)])
-        spent = logits, theirs
-        value = reference.divergence_(
-            self.divergence, self.beta, log_q, log_p, spent, factor is not None
-        )
-        if factor is not None:
-            log_q.mul_(factor * self.scale)
-        return value, log_q
+        theirs, scratch = self.products.logits(span), self.scratch[:, : len(logits)]
+        return self.kernel.compare(logits, theirs, factor, *self.options, *scratch)
 
 
-def _run(*args: Any) -> tuple[Tensor, ...]:
+def _run(kernel: _Rows, *args: Any) -> tuple[Tensor, ...]:
     student, teacher, keep, row_weight = Layer(*args[:3]), Layer(*args[3:6]), args[6], args[7]
     teacher = teacher._replace(input=loop.without_masked(teacher.input, keep))
-    prepare = functools.partial(_Teacher, teacher, *args[8:11])
-    return loop.run(student, keep, row_weight, Needs(*args[12:15]), args[11], prepare)
+    rows = functools.partial(_Teacher, kernel, teacher, args[8:11])
+    prepared = loop.Prepared(rows, 2 + kernel.scratch, kernel.matmul)
+    return loop.run(student, keep, row_weight, Needs(*args[12:15]), args[11], prepared)
 
 
-dispatch.register(_OP, "reference", _run)
+def _compiled(
+    logits: Tensor,
+    theirs: Tensor,
+    factor: Tensor | None,
+    divergence: str,
+    beta: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    value = logits.new_empty(len(logits))
+    kind = KINDS.index(divergence)
+    extension.raw("divergence")(logits, theirs, factor, kind, beta, scale, value)
+    return value, logits
+
+
+def _triton(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from . import triton_kernels
+
+    value = logits.new_empty(len(logits))
+    triton_kernels.divergence(value, logits, *args)
+    return value, logits
+
+
+def _cpu_refuses(student: Tensor, **_: Any) -> str | None:
+    if student.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    return None
+
+
+def _triton_refuses(student: Tensor, student_weight: Tensor, **_: Any) -> str | None:
+    too_large = rows_op.triton_refuses_size(student.shape[0], student_weight.shape[0])
+    return _cpu_refuses(student) or too_large
+
+
+dispatch.register(
+    _OP,
+    "triton",
+    functools.partial(_run, _Rows(_triton)),
+    devices=triton_backend.devices,
+    unavailable=triton_backend.unavailable,
+    refuses=_triton_refuses,
+    proven=False,
+)
+dispatch.register(
+    _OP,
+    "cpu",
+    functools.partial(_run, _Rows(_compiled, matmul=FASTEST)),
+    devices=("cpu",),
+    unavailable=extension.unavailable,
+    refuses=_cpu_refuses,
+)
+dispatch.register(_OP, "reference", functools.partial(_run, _Rows(reference.divergence, 2)))
 
 
 def _checked_teacher(
@@ -138,7 +194,7 @@ def linear_kl_div(
         mask: [...]; 0 or False takes the token out, whatever stands there.
         token_weight: [...], factor of each token; does not change what "mean" divides by.
         reduction: "mean" over the tokens kept (0 if there are none), "sum", "none" for [...].
-        options: `LinearCrossEntropyOptions`; `max_memory_bytes` is that of the four chunks of
+        options: `LinearCrossEntropyOptions`; `max_memory_bytes` is that of the chunks of
             logits together, at least one row each. Not `grad_accum_into`.
 
     Returns:
@@ -150,9 +206,7 @@ def linear_kl_div(
     Source: Hinton et al. 2015 (arXiv:1503.02531); generalised JSD, Agarwal et al. 2023
     (arXiv:2306.13649).
     """
-    chosen = loop.checked_divergence(
-        _OP, divergence, beta, temperature, ("forward", "reverse", "jsd")
-    )
+    chosen = loop.checked_divergence(_OP, divergence, beta, temperature, KINDS)
     names = ("student", "student_weight", "student_bias")
     layer = linear.checked_layer(_OP, student, student_weight, student_bias, names)
     other = _checked_teacher(layer, teacher, teacher_weight, teacher_bias)

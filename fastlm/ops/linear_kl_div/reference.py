@@ -78,3 +78,24 @@ def divergence_(
     if with_gradient:
         log_q.mul_(1 - beta)
     return beta * of_teacher + (1 - beta) * of_student
+
+
+def divergence(
+    logits: Tensor,
+    theirs: Tensor,
+    factor: Tensor | None,
+    divergence: str,
+    beta: float,
+    scale: float,
+    *scratch: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """[N] of the logits [N, V] of student and teacher, and factor [N] times the gradient with
+    respect to the student's; the logits are spent."""
+    log_q, log_p = (
+        log_softmax(x, scale, out) for x, out in zip((logits, theirs), scratch, strict=True)
+    )
+    spent = logits, theirs
+    value = divergence_(divergence, beta, log_q, log_p, spent, factor is not None)
+    if factor is not None:
+        log_q.mul_(factor[:, None] * scale)
+    return value, log_q

@@ -10,9 +10,9 @@ those of the gradient. gspo needs the whole sequence before any token's loss, an
 must not be written to before the backward: they are that composition. So is a `group`, whose other
 members have the rest of each row, and a budget too small for whole rows, in cost (`slices.py`).
 
-Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the gradients, which
-the backward hands out once, scaled by the upstream gradient; a second backward computes them
-again.
+Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the gradients (of
+float16 in float32), which the backward hands out once, scaled by the upstream gradient; a second
+backward computes them again.
 
 Backends: those of `linear_row_statistics`, which has the loop. A `row_loss` cannot pass through a
 torch op: it runs the same loop beneath an autograd.Function alone, in eager mode.
@@ -30,7 +30,7 @@ from ..cross_entropy.loss import scores
 from ..linear_cross_entropy.options import accumulator, chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics import schedule
-from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels
+from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, held_dtype
 from ..policy_loss import op as policy
 from ..row_statistics.op import Upstream, Wanted, result_dtype
 from ..row_statistics.parallel import Shard, shard_of, unwrapped
@@ -51,7 +51,8 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
         differentiated if entropy else 0,
     )
     per_row = tuple(input.new_empty(size, dtype=dtype) for size in sizes)
-    return *per_row, *linear.empty_gradients(Layer(*args[:3]), needs)
+    held = held_dtype(input)
+    return *per_row, *linear.empty_gradients(Layer(*args[:3]), needs, held)
 
 
 _forward = library.define(
@@ -116,10 +117,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
         nothing = (None,) * 21
         traced = ctx.saved_tensors[4:7]
         if any(g is not None for g in traced):
-            return None, *(None if g is None else g * dloss for g in traced), *nothing
+            scaled = [None if g is None else g * dloss for g in traced]
+            dtype = layer.input.dtype
+            return None, *(None if g is None else g.to(dtype) for g in scaled), *nothing
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
-            return None, *linear.scaled(gradients, dloss), *nothing
+            return None, *linear.released(gradients, dloss, layer.input.dtype), *nothing
         entropy, row_max, log_sum, on_logprob, on_entropy = ctx.saved_tensors[7:]
         none = entropy.new_empty(0)
         upstream = Upstream(

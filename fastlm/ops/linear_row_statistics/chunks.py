@@ -25,7 +25,9 @@ from ..row_statistics.op import Upstream, Wanted, coefficients, result_dtype
 # take. Small chunks are not worth the memory they save.
 _CPU_BYTES = 10 << 20
 _CPU_LEAST, _CPU_MOST, _CPU_SHARE = 64, 512, 9
-_GPU_BYTES = 256 << 20
+# on a GPU so many bytes, or this part of its memory: float32 logits, and their gradient again in
+# half precision. Each chunk costs one more pass over the sum of the weight's gradient.
+_GPU_BYTES, _GPU_SHARE = 256 << 20, 64
 _SLICE_BYTES = 2 << 20
 
 # a budget of fewer rows than these, at once, is kept by tiles of `slices.py`: on a CPU products of
@@ -47,15 +49,16 @@ Span = slice | Tensor
 
 
 class Matmul(NamedTuple):
-    """Matrix products: `matmul.plain_into` or one like it, and the dtypes that it takes for a
-    result in float32."""
+    """Matrix products: `matmul.plain_into` or one like it; whether it takes operands like the input
+    in half precision; and whether both must be, so that the gradient of the logits is rounded."""
 
     into: Callable[..., Tensor]
-    takes_mixed: Callable[[torch.dtype], bool]
+    takes_mixed: Callable[[Tensor], bool]
+    rounds: bool
 
 
-PLAIN = Matmul(matmul.plain_into, lambda dtype: False)
-FASTEST = Matmul(matmul.into, matmul.takes_mixed)
+LIBRARY = Matmul(matmul.library_into, matmul.library_takes_mixed, True)
+FASTEST = Matmul(matmul.into, matmul.takes_mixed, False)
 
 
 class RowKernels(NamedTuple):
@@ -64,7 +67,7 @@ class RowKernels(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., Tensor]
-    matmul: Matmul = PLAIN
+    matmul: Matmul = LIBRARY
 
 
 class Layer(NamedTuple):
@@ -114,15 +117,22 @@ class Compared(NamedTuple):
 UpstreamOfRows = Callable[[Span, tuple[Tensor, ...]], Upstream]
 
 
-def chunk_rows(rows: int, classes: int, itemsize: int, max_bytes: int, device: str) -> int:
+def gpu_bytes(device: torch.device) -> int:
+    """Of a chunk, by our own choice."""
+    if device.type != "cuda":
+        return _GPU_BYTES
+    return max(_GPU_BYTES, torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE)
+
+
+def chunk_rows(rows: int, classes: int, itemsize: int, max_bytes: int, device: torch.device) -> int:
     """Rows per chunk, equal for all chunks but for rounding; `max_bytes` 0 is our own choice."""
     row_bytes = classes * itemsize
     if max_bytes > 0:
         most = max_bytes // row_bytes
-    elif device == "cpu":
+    elif device.type == "cpu":
         most = max(_CPU_BYTES // row_bytes, _CPU_LEAST, min(rows // _CPU_SHARE, _CPU_MOST))
     else:
-        most = _GPU_BYTES // row_bytes
+        most = gpu_bytes(device) // row_bytes
     chunks = -(-rows // max(1, most))
     return -(-rows // max(1, chunks))
 
@@ -133,12 +143,13 @@ class Chunk(NamedTuple):
     rows: int
     slice_bytes: int = _SLICE_BYTES  # of the weight, for half-precision inputs
     tile_bytes: int = 0  # not 0: no whole rows, but tiles of this size
+    classes: int = 0  # of a slice of the weight in a product; 0: all
 
 
 def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
     """For a budget in bytes; 0: our own choice; negative: minus the number of rows."""
     (rows, features), classes = layer.input.shape, layer.weight.shape[0]
-    dtype, device = result_dtype(layer.input), layer.input.device.type
+    dtype, device = result_dtype(layer.input), layer.input.device
     item, widens = dtype.itemsize, layer.input.dtype != dtype
     if max_bytes == 0:
         return Chunk(chunk_rows(rows, classes, item, 0, device))
@@ -148,7 +159,9 @@ def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
     room = max(1, max_bytes - _NUMBERS_PER_ROW * item * rows)
     # rows that are left out need a copy of those that are not, and of their gradient
     width = classes + features * (3 if widens else 2)
-    least = _SENSIBLE_ROWS.get(device, _SENSIBLE_ROWS_GPU)
+    if widens and device.type == "cuda":  # the gradient of the logits in half precision
+        width += classes // 2
+    least = _SENSIBLE_ROWS.get(device.type, _SENSIBLE_ROWS_GPU)
     if max(0, room - slice_bytes) // (width * item) < min(rows, least):
         return Chunk(0, tile_bytes=room)
     return Chunk(chunk_rows(rows, width, item, room - slice_bytes, device), slice_bytes)
@@ -157,15 +170,16 @@ def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
 class Products:
     """The three products of the layer with one chunk, in the accumulator's dtype."""
 
-    def __init__(self, layer: Layer, chunk: Chunk, matmul: Matmul = PLAIN) -> None:
+    def __init__(self, layer: Layer, chunk: Chunk, matmul: Matmul = LIBRARY) -> None:
         self.layer, self.into = layer, matmul.into
         self.dtype = result_dtype(layer.input)
         self.classes, self.features = layer.weight.shape
         self.logits_buffer = self.new(chunk.rows, self.classes)
         self.bias = None if layer.bias is None else layer.bias.to(self.dtype)
         self.rounds = layer.input.dtype != self.dtype
-        self.widens = self.rounds and not matmul.takes_mixed(layer.input.dtype)
-        self.step = max(1, self.classes)
+        self.widens = self.rounds and not matmul.takes_mixed(layer.input)
+        self.rounds_logits = matmul.rounds and self.rounds and not self.widens
+        self.step = max(1, min(self.classes, chunk.classes or self.classes))
         if self.rounds:
             self.input_buffer = self.new(chunk.rows, self.features)
         if self.widens:
@@ -210,15 +224,30 @@ class Products:
         return logits[: len(live)]
 
 
+def held_dtype(input: Tensor) -> torch.dtype:
+    """Of gradients that wait for the upstream gradient. float16 has neither the range of a mean's
+    gradients before they are scaled up (a scaled loss), nor of a sum's before they are divided."""
+    return torch.float32 if input.dtype == torch.float16 else input.dtype
+
+
 class Gradients:
     """Sums of the gradients over the chunks; None where one is not needed."""
 
-    def __init__(self, products: Products, needs: Needs, into: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        products: Products,
+        needs: Needs,
+        into: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """dtype: of the results, the layer's by default."""
         layer = products.layer
         self.products = products
+        self.dtype = layer.input.dtype if dtype is None else dtype
         self.started = False
         self.into = into if needs.weight else None
-        self.dinput = layer.input.new_empty(layer.input.shape) if needs.input else None
+        like = layer.input
+        self.dinput = like.new_empty(like.shape, dtype=self.dtype) if needs.input else None
         new = needs.weight and into is None
         self.dweight = products.new(*layer.weight.shape) if new else None
         self.dbias = products.new(products.classes) if needs.bias else None
@@ -232,6 +261,8 @@ class Gradients:
         if self.dbias is not None:
             part = dlogits.sum(0)
             self.dbias = self.dbias.add_(part) if self.started else part
+        if self.products.rounds_logits:
+            dlogits = dlogits.to(self.products.layer.input.dtype)
         total = self.dweight if self.into is None else self.into
         if total is not None:
             more = self.started or self.into is not None
@@ -255,15 +286,14 @@ class Gradients:
             dinput[span] = out.to(dinput.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dinput, dweight, dbias in the layer's dtype; no elements where not needed."""
-        dtype = self.products.layer.input.dtype
+        """dinput, dweight, dbias; no elements where not needed."""
         found = (self.dinput, self.dweight, self.dbias)
         if not self.started:  # no rows
             for value in found:
                 if value is not None:
                     value.zero_()
-        none = self.products.layer.input.new_empty(0)
-        dinput, dweight, dbias = (none.clone() if g is None else g.to(dtype) for g in found)
+        none = self.products.layer.input.new_empty(0, dtype=self.dtype)
+        dinput, dweight, dbias = (none.clone() if g is None else g.to(self.dtype) for g in found)
         return dinput, dweight, dbias
 
 
@@ -297,7 +327,7 @@ def forward(
     """See `schedule.py`."""
     rows = len(layer.input)
     products = Products(layer, chunk, kernels.matmul)
-    gradients = Gradients(products, needs)
+    gradients = Gradients(products, needs, dtype=held_dtype(layer.input))
     live = few(rows, compared.live())
     if live is not None:
         clear_statistics(out)

@@ -56,10 +56,12 @@ def empty_statistics(input: Tensor, target: Tensor | None, wanted: Any) -> tuple
     return rows_op.empty_statistics(input.shape[0], input, target is not None, *wanted)
 
 
-def empty_gradients(layer: Layer, needs: Any) -> tuple[Tensor, ...]:
+def empty_gradients(
+    layer: Layer, needs: Any, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     shapes = (layer.input.shape, layer.weight.shape, layer.weight.shape[:1])
     return tuple(
-        layer.input.new_empty(shape if need else 0)
+        layer.input.new_empty(shape if need else 0, dtype=dtype)
         for shape, need in zip(shapes, needs, strict=True)
     )
 
@@ -241,6 +243,13 @@ def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | 
             if gradient is not None:
                 gradient.mul_(dloss)
     return tuple(gradients)
+
+
+def released(
+    gradients: Sequence[Tensor | None], dloss: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """As `scaled`, from the dtype they were held in to that of the layer."""
+    return tuple(None if g is None else g.to(dtype) for g in scaled(gradients, dloss))
 
 
 class _LinearRowStatistics(torch.autograd.Function):

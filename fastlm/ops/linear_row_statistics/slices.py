@@ -27,6 +27,7 @@ from .chunks import (
     UpstreamOfRows,
     clear_statistics,
     few,
+    held_dtype,
     spans,
 )
 
@@ -51,7 +52,8 @@ class _Tiles:
         self.dtype = result_dtype(layer.input)
         self.classes, self.features = layer.weight.shape
         self.widens = layer.input.dtype != self.dtype
-        self.widens &= not matmul.takes_mixed(layer.input.dtype)
+        self.widens &= not matmul.takes_mixed(layer.input)
+        self.rounds_logits = matmul.rounds and layer.input.dtype != self.dtype and not self.widens
         count = len(layer.input) if live is None else len(live)
         # copies: of the logits; per row and per class of as many numbers as there are features
         soft = compared.class_weight is not None and compared.class_weight.dim() == 2
@@ -236,7 +238,8 @@ def forward(
                 factors = tuple(_spread(f, live, len(layer.input)) for f in factors)
     if not factors:
         needs = Needs()
-    return backward(kernels, layer, compared, out[6], out[7], factors, chunk, needs)
+    rest = (factors, chunk, needs, None, held_dtype(layer.input))
+    return backward(kernels, layer, compared, out[6], out[7], *rest)
 
 
 def _spread(value: Tensor | None, live: Tensor, rows: int) -> Tensor | None:
@@ -253,15 +256,20 @@ def backward(
     chunk: Chunk,
     needs: Needs,
     into: Tensor | None = None,
+    result: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = layer.input.new_empty(0)
+    """result: dtype of the results, the layer's by default."""
+    result = layer.input.dtype if result is None else result
+    none = layer.input.new_empty(0, dtype=result)
     if not any(needs):
         return none.clone(), none.clone(), none.clone()
     live = few(len(layer.input), compared.live(factors))
     tiles = _Tiles(layer, compared, chunk.tile_bytes, live, needs, kernels.matmul)
     dtype = tiles.dtype
     dinput = layer.input.new_zeros(layer.input.shape, dtype=dtype) if needs.input else None
-    dweight = layer.weight.new_zeros(layer.weight.shape) if needs.weight and into is None else None
+    dweight = None
+    if needs.weight and into is None:
+        dweight = layer.weight.new_zeros(layer.weight.shape, dtype=result)
     dbias = layer.input.new_zeros(tiles.classes, dtype=dtype) if needs.bias else None
     for part in tiles.parts():
         weight = tiles.weight(part)
@@ -280,6 +288,8 @@ def backward(
             dlogits = kernels.backward(logits, local, *scale, tuple(factor))
             if dbias is not None:
                 dbias[part] += dlogits.sum(0)
+            if tiles.rounds_logits:
+                dlogits = dlogits.to(layer.input.dtype)
             if total is not None:
                 tiles.into(total, dlogits.t(), rows, accumulate=True)
             if dinput is None:
@@ -293,5 +303,5 @@ def backward(
         if dweight is not None and total is not None and total.dtype != dweight.dtype:
             dweight[part] = total.to(dweight.dtype)
     found = (dinput, dweight, dbias)
-    dinput, dweight, dbias = (none.clone() if g is None else g.to(layer.input.dtype) for g in found)
+    dinput, dweight, dbias = (none.clone() if g is None else g.to(result) for g in found)
     return dinput, dweight, dbias

@@ -78,7 +78,7 @@ class _Teacher:
             self.divergence, self.beta, buckets, log_p, scratch, factor is not None
         )
         if factor is not None:
-            du = buckets.mul_(factor * self.scale)
+            du = buckets.mul_(factor[:, None] * self.scale)
             reference.spread_(log_q, tail, index, real, du)
         return value, log_q
 
@@ -87,8 +87,9 @@ def _run(*args: Any) -> tuple[Tensor, ...]:
     student, keep, row_weight = Layer(*args[:3]), args[5], args[6]
     logprobs, indices = (loop.without_masked(value, keep) for value in args[3:5])
     classes = student.weight.shape[0]
-    prepare = functools.partial(_Teacher, logprobs, indices, classes, *args[7:10])
-    return loop.run(student, keep, row_weight, Needs(*args[11:14]), args[10], prepare)
+    rows = functools.partial(_Teacher, logprobs, indices, classes, *args[7:10])
+    prepared = loop.Prepared(rows, 2)
+    return loop.run(student, keep, row_weight, Needs(*args[11:14]), args[10], prepared)
 
 
 dispatch.register(_OP, "reference", _run)

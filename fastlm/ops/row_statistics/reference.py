@@ -52,13 +52,15 @@ def forward(
     e = shifted.exp()
     total = e.sum(-1)
     log_sum = total.log()
-    none = z.new_empty(0)
+
+    def none(dtype: torch.dtype = z.dtype) -> Tensor:  # outputs must not be one tensor
+        return z.new_empty(0, dtype=dtype)
 
     def per_row(value: Tensor) -> Tensor:
         return torch.where(kept, value, torch.zeros_like(value))
 
-    logprob, spread, squares, weighted, best = none, none, none, none, none.long()
-    mass = none
+    logprob, spread, squares, weighted, mass = (none() for _ in range(5))
+    best = none(torch.int64)
     if target is not None:
         index, valid = _at_target(target, kept, classes)
         picked = (z.gather(-1, index)[:, 0] - top) - log_sum

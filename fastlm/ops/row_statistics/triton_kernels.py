@@ -26,7 +26,7 @@ BLOCK, LEAST_BLOCK, PER_THREAD = 2048, 128, 8
 
 
 @triton.jit
-def _tanh(u):
+def tanh(u):
     # the series where 1 - exp(-2u) would cancel, at 0.3 its next term is 5e-8 of the sum
     t = tl.exp(-2.0 * tl.abs(u))
     large = (1.0 - t) / (1.0 + t)
@@ -43,7 +43,7 @@ def _tanh(u):
 def _squash(x, softcap, CAPPED: tl.constexpr):
     """tanh(x / softcap), or x without a cap."""
     if CAPPED:
-        x = _tanh(x / softcap)
+        x = tanh(x / softcap)
     return x
 
 
@@ -245,7 +245,7 @@ def shape_of_a_program(classes: int) -> tuple[int, int]:
     return block, max(1, block // (32 * PER_THREAD))
 
 
-def _on_device(value: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(value: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext()
 
@@ -278,7 +278,7 @@ def forward(
         logits = logits.contiguous()
     block, warps = shape_of_a_program(classes)
     weight, weight_stride = _weight(class_weight)
-    with _on_device(logits):
+    with on_device(logits):
         forward_kernel[(rows,)](
             logits,
             None if target is None else target.contiguous(),
@@ -318,7 +318,7 @@ def backward_into(
     block, warps = shape_of_a_program(classes)
     blocks = triton.cdiv(classes, block)
     weight, weight_stride = _weight(class_weight)
-    with _on_device(logits):
+    with on_device(logits):
         backward_kernel[(rows * blocks,)](
             dlogits,
             logits,

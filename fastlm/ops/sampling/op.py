@@ -145,28 +145,37 @@ def _per_row(what: str, value: Tensor, logits: Tensor) -> Tensor:
 def _counter(what: str, value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
     if isinstance(value, Tensor):
         return 0, _per_row(what, value, logits)
-    if not -(2**63) <= value < 2**64:
-        checks.bad_value("sample", what, "in [-2**63, 2**64)", value)
-    return signed(value), None
+    return checked_seed("sample", what, value), None
 
 
-def _check(
-    logits: Tensor,
+def checked_options(
+    op: str,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
-) -> None:
-    checks.floating("sample", "logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        checks.bad_value("sample", "logits", "[..., V] with V >= 1", list(logits.shape))
+) -> tuple[float, int, float, float]:
+    """The torch op's temperature, top_k, top_p and min_p."""
     if not 0 <= temperature < math.inf:
-        checks.bad_value("sample", "temperature", "finite and >= 0", temperature)
+        checks.bad_value(op, "temperature", "finite and >= 0", temperature)
     if top_k is not None and top_k < 1:
-        checks.bad_value("sample", "top_k", ">= 1", top_k, "None keeps all tokens")
+        checks.bad_value(op, "top_k", ">= 1", top_k, "None keeps all tokens")
     for what, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not 0 <= value <= 1:
-            checks.bad_value("sample", what, "in [0, 1]", value)
+            checks.bad_value(op, what, "in [0, 1]", value)
+    return (
+        float(temperature),
+        top_k or 0,
+        1.0 if top_p is None else float(top_p),
+        float(min_p or 0.0),
+    )
+
+
+def checked_seed(op: str, what: str, value: int) -> int:
+    """As the int64 with the same bits."""
+    if not -(2**63) <= value < 2**64:
+        checks.bad_value(op, what, "in [-2**63, 2**64)", value)
+    return signed(value)
 
 
 def sample(
@@ -212,7 +221,10 @@ def sample(
     Source: inverse CDF; Philox, Salmon et al. 2011; top-p, Holtzman et al. 2020 (arXiv:1904.09751);
     min-p, Nguyen et al. 2024 (arXiv:2407.01082).
     """
-    _check(logits, temperature, top_k, top_p, min_p)
+    checks.floating("sample", "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        checks.bad_value("sample", "logits", "[..., V] with V >= 1", list(logits.shape))
+    options = checked_options("sample", temperature, top_k, top_p, min_p)
     shape = logits.shape[:-1]
     row_ids = None if rows is None else _per_row("rows", rows, logits)
     one_seed, seeds = _counter("seed", seed, logits)
@@ -224,9 +236,6 @@ def sample(
         steps,
         one_seed,
         one_step,
-        float(temperature),
-        top_k or 0,
-        1.0 if top_p is None else float(top_p),
-        min_p or 0.0,
+        *options,
     )
     return tokens.view(shape), logprobs.view(shape)
