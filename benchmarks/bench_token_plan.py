@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bench_embedding_gru import VOCAB, make_tokens, plain_tokens, token_flops
 from torch import Tensor
+from torch.nn import functional
 
 import fastlm
 from fastlm.bench.case import Arguments, Case
@@ -55,19 +56,29 @@ CASES = [
 ]
 
 
-SEQ, HIDDEN = 64, 512
+VOCAB, SEQ, HIDDEN = 10000, 64, 512
 
 
 def make_planned(batch: int, distinct: bool) -> Callable[[str], Arguments]:
     """With the plan that a data loader would have made; or no token twice."""
 
     def build(device: str) -> Arguments:
-        tokens, *rest = make_tokens(batch, SEQ, HIDDEN)(device)
-        if distinct:
-            tokens = torch.randperm(VOCAB)[: batch * SEQ].view(batch, SEQ).to(device)
+        count, bound = batch * SEQ, HIDDEN**-0.5
+        ids = torch.from_numpy(zipf_tokens(count, VOCAB))
+        tokens = (torch.randperm(VOCAB)[:count] if distinct else ids).view(batch, SEQ).to(device)
+        square, line = (3 * HIDDEN, HIDDEN), (3 * HIDDEN,)
+        weights = [torch.empty(s).uniform_(-bound, bound) for s in (square, square, line, line)]
+        rest = (w.to(device) for w in (torch.randn(VOCAB, HIDDEN), *weights))
         return (fastlm.token_plan(tokens, VOCAB), tokens, *rest)
 
     return build
+
+
+def both_modules(plan: Any, tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+    """What nn.Embedding and nn.GRU(batch_first=True) run, without the cost of the modules."""
+    h0 = weight.new_zeros(1, tokens.shape[0], HIDDEN)
+    rows = functional.embedding(tokens, weight)
+    return torch._VF.gru(rows, h0, weights, True, 1, 0.0, True, False, True)[0]
 
 
 def planned(plan: fastlm.TokenPlan, tokens: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
@@ -81,9 +92,10 @@ def without_plan(dedupe: str) -> Callable[..., Tensor]:
 
 
 def flops(batch: int, distinct: bool) -> float:
-    if distinct:
-        return 3 * 4.0 * HIDDEN * 3 * HIDDEN * batch * SEQ
-    return token_flops(batch, SEQ, HIDDEN)
+    """Forward, dinput, dweight: the recurrence, and the projection of each distinct token."""
+    count = batch * SEQ
+    unique = count if distinct else len(set(zipf_tokens(count, VOCAB).tolist()))
+    return 3 * 2.0 * HIDDEN * 3 * HIDDEN * (count + unique)
 
 
 CASES += [
@@ -92,7 +104,7 @@ CASES += [
         name=f"{'distinct' if distinct else 'planned'}-B{batch}-T{SEQ}-H{HIDDEN}-V{VOCAB}",
         make=make_planned(batch, distinct),
         ours=planned,
-        plain=lambda plan, *args: plain_tokens(*args),
+        plain=both_modules,
         compiles=False,
         others={"unplanned": without_plan("auto"), "off": without_plan("off")},
         flops=flops(batch, distinct),
