@@ -52,4 +52,4 @@ fastlm/_C.so: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build fastlm/_C.so fastlm/_build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build fastlm/*.so fastlm/*_build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,9 @@ Flags per source, in one ninja file (without ninja the same commands run directl
 bindings see torch's headers. The library holds no Python symbol and needs no particular torch
 version from 2.10 on. Environment: FASTLM_CUDA=auto|0|1, FASTLM_CUDA_ARCH (for example "80;90"),
 CUDA_HOME, CXX, MAX_JOBS.
+
+And fastlm/_tokens, a pybind11 module for data loaders that knows no torch. An install goes on
+without either, and keeps the reason next to where it would stand.
 """
 
 import os
@@ -22,6 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch the library runs on: 2.10
 
 CXX_FLAGS = (
@@ -68,10 +72,22 @@ def find_nvcc(torch):
     return None
 
 
+def find_pybind11(torch):
+    """The folder of its headers: of the package, or of the copy that comes with torch."""
+    try:
+        import pybind11
+    except ImportError:
+        folder = Path(torch.__file__).parent / "include"
+    else:
+        folder = Path(pybind11.get_include())
+    return folder if (folder / "pybind11" / "numpy.h").exists() else None
+
+
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name):
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        return super().get_ext_filename(name).removesuffix(suffix) + ".so"
+        filename = super().get_ext_filename(name)
+        # a library of torch ops belongs to no particular Python
+        return filename.removesuffix(SUFFIX) + ".so" if name.endswith("_C") else filename
 
     def run(self):
         # setuptools clears `inplace` while it builds
@@ -83,13 +99,21 @@ class NinjaBuild(build_ext):
         if self.in_tree:
             out = ROOT / "fastlm" / out.name
         out.parent.mkdir(parents=True, exist_ok=True)
-        note = out.with_name("_build_failure.txt")
+        name = ext.name.removeprefix("fastlm.")
+        note = out.with_name({"_C": "_build_failure.txt"}.get(name, f"{name}_build_failure.txt"))
         note.unlink(missing_ok=True)
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(cxx.split()[0]) is None:
             return self.go_without(note, f"no C++ compiler: {cxx} was not found at install")
+        torch = require_torch()
+        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-torch{torch.__version__}"
+        warnings = "-Werror" if self.in_tree else ""
         try:
-            compile_library(require_torch(), cxx, out, strict=self.in_tree)
+            if name == "_C":
+                steps = plan(torch, cxx, find_nvcc(torch), folder, out, warnings)
+            elif isinstance(steps := plan_tokens(torch, cxx, folder, out, warnings), str):
+                return self.go_without(note, steps)
+            compile_library(steps, folder, out)
         except subprocess.CalledProcessError:
             if self.in_tree:  # a developer's build must not hide an error
                 raise
@@ -97,7 +121,8 @@ class NinjaBuild(build_ext):
 
     def go_without(self, note, reason):
         note.write_text(reason + "\n")
-        print(f"fastlm: {reason}; installing without compiled kernels", file=sys.stderr)
+        lost = "compiled kernels" if note.name == "_build_failure.txt" else "the module for loaders"
+        print(f"fastlm: {reason}; installing without {lost}", file=sys.stderr)
 
     def copy_extensions_to_source(self):
         """Nothing to copy: an in-tree build writes to the final place."""
@@ -110,11 +135,8 @@ class Step(NamedTuple):
     depfile: str = ""  # where the compiler lists the headers it read
 
 
-def compile_library(torch, cxx, out, strict):
-    tag = f"{sysconfig.get_platform()}-torch{torch.__version__}"
-    folder = ROOT / "build" / f"ninja-{tag}"
+def compile_library(steps, folder, out):
     folder.mkdir(parents=True, exist_ok=True)
-    steps = plan(torch, cxx, find_nvcc(torch), folder, out, "-Werror" if strict else "")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
     program = find_ninja()
     if program is None:
@@ -183,10 +205,28 @@ def plan(torch, cxx, nvcc, folder, out, warnings):
         for isa in ISA_FLAGS if x86 else ("base",):
             add(compiler, source, f"-DFASTLM_ISA={isa} {ISA_FLAGS[isa]}", f".{isa}")
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
-        if not source.stem.endswith("_cpu"):
+        if not source.stem.endswith(("_cpu", "_module")):
             add(compiler, source, knows_torch)
     objects = [step.target for step in steps]
     command = f"{cxx} -shared {' '.join(map(str, objects))} -o {out} {link}"
+    return [*steps, Step(out, objects, command)]
+
+
+def plan_tokens(torch, cxx, folder, out, warnings):
+    """The steps for fastlm/_tokens, or why there are none."""
+    headers, python = find_pybind11(torch), Path(sysconfig.get_paths()["include"])
+    if headers is None:
+        return "pybind11 was not found at install"
+    if not (python / "Python.h").exists():
+        return "the headers of Python (Python.h) were not found at install"
+    flags = f"{cxx} -MMD {CXX_FLAGS} {warnings} -I{ROOT}/csrc -isystem {headers} -isystem {python}"
+    steps = []
+    for source in sorted((ROOT / "csrc" / "tokens").glob("*.cpp")):
+        target = folder / f"tokens_{source.name}{SUFFIX}.o"
+        command = f"{flags} -MF {target}.d -c {source} -o {target}"
+        steps.append(Step(target, [source], command, f"{target}.d"))
+    objects = [step.target for step in steps]
+    command = f"{cxx} -shared {' '.join(map(str, objects))} -o {out} -Wl,--exclude-libs,ALL"
     return [*steps, Step(out, objects, command)]
 
 
@@ -203,4 +243,7 @@ def add_cuda(add, nvcc):
 
 
 require_torch()
-setup(ext_modules=[Extension("fastlm._C", [])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("fastlm._C", []), Extension("fastlm._tokens", [])],
+    cmdclass={"build_ext": NinjaBuild},
+)

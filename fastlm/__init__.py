@@ -5,8 +5,9 @@ from .dispatch import backends, explain, use_backend
 from .ops.attention.mask import AttnMask
 from .ops.attention.op import attention
 from .ops.cross_entropy.op import cross_entropy
-from .ops.embedding_gru.public import TokenPlan, embedding_gru, token_plan
+from .ops.embedding_gru.public import embedding_gru
 from .ops.embedding_gru.stack import gru
+from .ops.embedding_gru.token_plan import TokenPlan, token_plan
 from .ops.generation.public import Generated, generate, generation_logprobs
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
@@ -30,6 +31,7 @@ from .ops.token_logprobs.op import (
     linear_token_logprobs,
     token_logprobs,
 )
+from .packing import PackedRows, pack_documents
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "AttnMask",
     "Generated",
     "LinearCrossEntropyOptions",
+    "PackedRows",
     "TokenLogprobs",
     "TokenPlan",
     "attention",
@@ -62,6 +65,7 @@ __all__ = [
     "linear_topk_kl_div",
     "nn",
     "orpo_loss",
+    "pack_documents",
     "policy_loss",
     "reward_loss",
     "sample",

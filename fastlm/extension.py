@@ -1,11 +1,14 @@
-"""Loads the compiled kernels, `fastlm/_C.so`, and keeps the reason when it cannot.
+"""Loads what is compiled, and keeps the reason when it cannot.
 
-The library registers `torch.ops.fastlm_C.*`: raw kernels that write into tensors they are given and
-check nothing. Only the backends in `ops/*/op.py` call them, after the public function has checked.
+The library `fastlm/_C.so` registers `torch.ops.fastlm_C.*`: raw kernels that write into tensors
+they are given and check nothing. Only the backends in `ops/*/op.py` call them, after the public
+function has checked.
+The module `fastlm._tokens` works on numpy arrays, for data loaders.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,16 @@ import torch
 _REMEDY = "pip install --no-build-isolation ."
 
 
+def _not_built(name: str, note: str) -> str:
+    path = Path(__file__).parent / note
+    cause = f" ({path.read_text().strip()})" if path.exists() else ""
+    return f"fastlm/{name} was not built{cause}"
+
+
 def _load() -> str | None:
     path = Path(__file__).parent / "_C.so"
     if not path.exists():
-        note = path.with_name("_build_failure.txt")
-        cause = f" ({note.read_text().strip()})" if note.exists() else ""
-        return f"fastlm/_C.so was not built{cause}"
+        return _not_built("_C.so", "_build_failure.txt")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -38,6 +45,19 @@ if unavailable:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _load_tokens() -> tuple[Any, str | None]:
+    try:
+        return importlib.import_module(f"{__package__}._tokens"), None
+    except ModuleNotFoundError:
+        return None, _not_built("_tokens", "_tokens_build_failure.txt")
+    except ImportError as error:
+        return None, f"fastlm/_tokens does not load: {str(error).splitlines()[0]}"
+
+
+#: the module for data loaders or None, and then why; `_C` does the same on tensors
+tokens, tokens_unavailable = _load_tokens()
 
 
 def raw(name: str) -> Any:

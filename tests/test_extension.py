@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,19 @@ if hasattr(fastlm, "cross_entropy"):
 if hasattr(fastlm, "sample"):
     tokens, logprobs = fastlm.sample(logits.detach())
     assert tokens.shape == logprobs.shape == (5,)
+import numpy
+assert extension.tokens is None and extension.tokens_unavailable, extension.tokens
+for ids in (target, target.numpy().astype(numpy.uint16)):
+    assert fastlm.token_plan(ids, 7).unique.tolist() == [0, 1, 2, 3, 6]
+assert fastlm.pack_documents([[1, 2], [3]], 3).tokens.tolist() == [[1, 2, 3]]
 if hasattr(fastlm, "embedding_gru"):
     weight, w_ih, w_hh = torch.randn(7, 4), torch.randn(12, 4), torch.randn(12, 4)
     output, h_n = fastlm.embedding_gru(target[None], weight, w_ih, w_hh)
     assert output.shape == (1, 5, 4) and output.isfinite().all()
 """
+
+
+TOKENS = "from fastlm import extension; print(extension.tokens_unavailable)"
 
 
 def test_without_the_library_one_warning_and_everything_works(package: Path) -> None:
@@ -84,9 +93,12 @@ def test_without_the_library_one_warning_and_everything_works(package: Path) -> 
 
 def test_a_library_that_does_not_load_is_a_warning_with_the_reason(package: Path) -> None:
     (package / "fastlm" / "_C.so").write_bytes(b"not a library")
+    (package / "fastlm" / f"_tokens{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a module")
     result = run([sys.executable, "-c", SMOKE], package)
     assert result.returncode == 0, result.stderr
     assert "fastlm/_C.so does not load: " in result.stdout
+    reason = run([sys.executable, "-W", "ignore", "-c", TOKENS], package).stdout
+    assert reason.startswith("fastlm/_tokens does not load: ")
 
 
 @built
@@ -145,6 +157,7 @@ def test_install_without_a_compiler_keeps_the_reason(source: Path) -> None:
     assert "installing without compiled kernels" in result.stderr
     note = (source / "out" / "fastlm" / "_build_failure.txt").read_text()
     assert note == "no C++ compiler: missing-compiler was not found at install\n"
+    assert (source / "out" / "fastlm" / "_tokens_build_failure.txt").read_text() == note
     assert not (source / "out" / "fastlm" / "_C.so").exists()
 
 
@@ -154,6 +167,8 @@ def test_install_with_a_compiler_that_fails_keeps_the_reason(source: Path) -> No
     assert result.returncode == 0, result.stderr
     note = (source / "out" / "fastlm" / "_build_failure.txt").read_text()
     assert note == "the C++ build failed at install with false\n"
+    assert (source / "out" / "fastlm" / "_tokens_build_failure.txt").read_text() == note
+    assert "installing without the module for loaders" in result.stderr
 
 
 def test_a_developer_sees_the_failed_build(source: Path) -> None:
@@ -172,11 +187,22 @@ def test_without_torch_the_build_stops_with_the_remedy(source: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+MODULE = """
+import importlib.util, sys
+import numpy
+spec = importlib.util.spec_from_file_location("_tokens", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(list(module.plan(numpy.array([3, 2, 3], numpy.uint16), 9)))
+assert "torch" not in sys.modules
+"""
+
+
 @built
 def test_builds_without_ninja(source: Path) -> None:
     """Only the smallest of the sources: what is tested is that the commands run."""
     for folder in (source / "csrc").iterdir():
-        if folder.name != "common":
+        if folder.name not in ("common", "tokens"):
             shutil.rmtree(folder)
     code = (
         "import shutil, sys; sys.modules['ninja'] = None\n"
@@ -187,10 +213,34 @@ def test_builds_without_ninja(source: Path) -> None:
     result = run([sys.executable, "-c", code], source)
     assert result.returncode == 0, result.stderr
     assert (source / "fastlm" / "_C.so").stat().st_size > 0
+    (module,) = (source / "fastlm").glob("_tokens*")
+    result = run([sys.executable, "-c", MODULE, str(module)], source)
+    assert (
+        result.stdout == "[array([2, 3]), array([1, 0, 1]), array([0, 1, 3]), array([1, 0, 2])]\n"
+    )
+
+
+def test_without_pybind11_the_rest_is_built(source: Path) -> None:
+    """Neither the package nor the copy that comes with torch."""
+    for folder in (source / "csrc").iterdir():
+        if folder.name != "common":
+            shutil.rmtree(folder)
+    code = (
+        "import pathlib, sys; sys.modules['pybind11'] = None; exists = pathlib.Path.exists\n"
+        "pathlib.Path.exists = lambda p, **k: 'pybind11' not in str(p) and exists(p, **k)\n"
+        "sys.argv = ['setup.py', '--quiet', 'build_ext', '--inplace']\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
+    )
+    result = run([sys.executable, "-c", code], source)
+    assert result.returncode == 0, result.stderr
+    assert (source / "fastlm" / "_C.so").stat().st_size > 0
+    (note,) = (source / "fastlm").glob("_tokens*")
+    assert note.read_text() == "pybind11 was not found at install\n"
 
 
 def test_the_tree_under_test_has_its_kernels() -> None:
     """Without them every test of the cpu backend would quietly not be there."""
     assert extension.unavailable is None
+    assert extension.tokens_unavailable is None
     for op in ("row_statistics", "embedding_gru", "gru", "sample", "linear_cross_entropy"):
         assert "cpu" in dispatch.ready(op)

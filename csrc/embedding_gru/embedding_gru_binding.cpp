@@ -1,8 +1,6 @@
-#include <algorithm>
-#include <vector>
-
 #include "common/binding.h"
 #include "embedding_gru/embedding_gru.h"
+#include "tokens/tokens.h"
 
 namespace fastlm {
 namespace {
@@ -120,43 +118,16 @@ void gru_pack_cpu(const Tensor& w_hh, const std::optional<Tensor>& b_hh, const T
   FASTLM_PICK(gru_pack)(floats(w_hh), floats(b_hh), w_hh.size(1), floats_out(packed));
 }
 
-int64_t plan_by_sorting(const int64_t* ids, int64_t count, int64_t* found, int64_t* rank) {
-  std::vector<int64_t> sorted(ids, ids + count);
-  std::sort(sorted.begin(), sorted.end());
-  auto end = std::unique(sorted.begin(), sorted.end());
-  std::copy(sorted.begin(), end, found);
-  for (int64_t i = 0; i < count; ++i) {
-    rank[i] = std::lower_bound(sorted.begin(), end, ids[i]) - sorted.begin();
-  }
-  return end - sorted.begin();
-}
-
-int64_t plan_by_counting(const int64_t* ids, int64_t count, int64_t vocabulary, int64_t* found,
-                         int64_t* rank) {
-  std::vector<int32_t> slot(vocabulary);
-  for (int64_t i = 0; i < count; ++i) slot[ids[i]] = 1;
-  int32_t next = 0;
-  for (int64_t v = 0; v < vocabulary; ++v) {
-    if (slot[v] == 0) continue;
-    found[next] = v;
-    slot[v] = next++;
-  }
-  for (int64_t i = 0; i < count; ++i) rank[i] = slot[ids[i]];
-  return next;
-}
-
-// Distinct values of `tokens` in ascending order and the rank of each token among them.
-// `unique` holds min(N, V) entries at most; returns how many were found.
+// The plan of `tokens`, see tokens/tokens.h. `unique` and `offsets` are sized for min(N, V)
+// distinct tokens; returns how many there are.
 int64_t token_plan_cpu(const Tensor& tokens, int64_t vocabulary, const Tensor& unique,
-                       const Tensor& inverse) {
-  int64_t count = tokens.numel();
+                       const Tensor& inverse, const std::optional<Tensor>& offsets,
+                       const std::optional<Tensor>& order) {
   auto ids = static_cast<const int64_t*>(in(tokens));
-  auto found = static_cast<int64_t*>(out(unique));
-  auto rank = static_cast<int64_t*>(out(inverse));
-  // the table of counts is worth its memory until it is far larger than the batch
-  bool sparse = vocabulary > 64 * count + 65536 || vocabulary > INT32_MAX;
-  return sparse ? plan_by_sorting(ids, count, found, rank)
-                : plan_by_counting(ids, count, vocabulary, found, rank);
+  TokenPlan plan(ids, tokens.numel(), vocabulary);
+  plan.write(ids, static_cast<int64_t*>(out(unique)), static_cast<int64_t*>(out(inverse)),
+             static_cast<int64_t*>(out(offsets)), static_cast<int64_t*>(out(order)));
+  return plan.unique_size();
 }
 
 }  // namespace
@@ -174,7 +145,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
       "Tensor? h0, Tensor output, Tensor gates, bool batch_first, bool reverse, "
       "Tensor(a!) dhidden_gates, Tensor(b!) dtable, Tensor(c!) dh0, Tensor(d!) dbias, "
       "Tensor? plan=None, bool round=False) -> ()");
-  m.def("token_plan(Tensor tokens, int vocabulary, Tensor(a!) unique, Tensor(b!) inverse) -> int");
+  m.def(
+      "token_plan(Tensor tokens, int vocabulary, Tensor(a!) unique, Tensor(b!) inverse, "
+      "Tensor(c!)? offsets, Tensor(d!)? order) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
   m.impl("gru_forward", TORCH_BOX(&fastlm::gru_forward_cpu));

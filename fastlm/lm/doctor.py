@@ -102,6 +102,7 @@ def collect() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "built": extension.build_info(),
         "cpu_isa": extension.cpu_isa(),
+        "tokens": extension.tokens_unavailable or "built",
         "gemm_gflops": machine.gemm_rate() / 1e9,
         "cache": str(files.cache_dir()),
         "backends": dict(fastlm.backends()),

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
-from ..ops.embedding_gru.arguments import check_options
-from ..ops.embedding_gru.public import TokenPlan, embedding_gru
+from ..ops.embedding_gru.arguments import cells_of, check_options
+from ..ops.embedding_gru.embedding import EmbeddingOptions
+from ..ops.embedding_gru.public import embedding_layer
 from ..ops.embedding_gru.stack import gru
+from ..ops.embedding_gru.token_plan import TokenPlan
 from .decoder import GRUDecoder
 
 
@@ -189,9 +191,11 @@ class EmbeddingGRU(nn.Module):
     modules whose weights may be tied or loaded as usual.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type: as in torch.nn.Embedding.
-        hidden_size, num_layers, bias, batch_first, dropout: as in torch.nn.GRU; batch_first is
-            True by default.
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse:
+            as in torch.nn.Embedding. A sparse gradient holds each row once.
+        hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in torch.nn.GRU;
+            batch_first is True by default.
+        embedding_dropout: in training, the probability that a token is zero wherever it occurs.
         dedupe, precision, save: see `fastlm.embedding_gru`.
 
     Under autocast with bfloat16 its products are those of precision="bf16", with float16 those of
@@ -207,25 +211,30 @@ class EmbeddingGRU(nn.Module):
         bias: bool = True,
         batch_first: bool = True,
         dropout: float = 0.0,
+        bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
         padding_idx: int | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        embedding_dropout: float = 0.0,
         dedupe: str = "auto",
         precision: str = "auto",
         save: str = "gates",
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(
-            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type,
-            device=device, dtype=dtype,
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq,
+            sparse, device=device, dtype=dtype,
         )  # fmt: skip
         self.gru = GRU(
-            embedding_dim, hidden_size, num_layers, bias, batch_first, dropout,
+            embedding_dim, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, precision=precision, save=save,
         )  # fmt: skip
+        self.embedding_dropout = embedding_dropout
         self.dedupe = dedupe
 
     def forward(
@@ -241,52 +250,53 @@ class EmbeddingGRU(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """tokens [B, T], h0 [num_layers, B, H] -> output [B, T, H], h_n [num_layers, B, H].
 
+        Bidirectional: output [B, T, 2 * H], states [2 * num_layers, B, H], as torch.nn.GRU.
         [T, B] without `batch_first`; [T] for one sequence, then h0 and h_n have no B.
         """
         embedding, cells = self.embedding, self.gru
-        per_cell = 4 if cells.bias else 2
+        ways = 2 if cells.bidirectional else 1
+        first = ways * (4 if cells.bias else 2)
         weights = cells.weights()
         precision = cells.precision
         cast = autocast_dtype(tokens.device.type, weights[0])
         if h0 is not None:
-            checks.shape("nn.EmbeddingGRU", "h0", h0, (cells.num_layers, *h0.shape[1:]), "layers")
+            layers = (ways * cells.num_layers, *h0.shape[1:])
+            checks.shape("nn.EmbeddingGRU", "h0", h0, layers, "layers and directions")
             if autocast_on(tokens.device.type):
                 h0 = h0.to(weights[0].dtype)
         if cast == torch.bfloat16 and precision == "auto":
             precision = "bf16"
-        if embedding.max_norm is not None:
-            with torch.no_grad():
-                # torch renormalises the rows that are looked up, in place
-                embedding(tokens)
-        b_ih, b_hh = weights[2:4] if cells.bias else (None, None)
         common: dict[str, Any] = {
             "reset": reset, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens,
             "lengths": lengths, "batch_first": cells.batch_first, "save": cells.save,
             "precision": precision,
         }  # fmt: skip
-        output, h_first = embedding_gru(
+        output, states = embedding_layer(
+            "nn.EmbeddingGRU",
             tokens,
             embedding.weight,
-            weights[0],
-            weights[1],
-            b_ih,
-            b_hh,
-            h0=None if h0 is None else h0[0],
+            cells_of("nn.EmbeddingGRU", weights[:first], ways, cells.bias),
+            [None] * ways if h0 is None else list(h0[:ways]),
+            EmbeddingOptions(
+                embedding.padding_idx, embedding.max_norm, embedding.norm_type,
+                embedding.scale_grad_by_freq, embedding.sparse,
+                self.embedding_dropout if self.training else 0.0,
+            ),
             plan=plan,
             dedupe=self.dedupe,
-            padding_idx=embedding.padding_idx,
             **common,
-        )
-        h_n = h_first.unsqueeze(0)
+        )  # fmt: skip
+        h_n = torch.stack(states)
         if cells.num_layers > 1:
             if cells.dropout and self.training:
                 output = nn.functional.dropout(output, cells.dropout)
             above, h_rest = gru(
                 output,
-                None if h0 is None else h0[1:],
-                weights[per_cell:],
+                None if h0 is None else h0[ways:],
+                weights[first:],
                 num_layers=cells.num_layers - 1,
                 bias=cells.bias,
+                bidirectional=cells.bidirectional,
                 dropout=cells.dropout,
                 training=self.training,
                 **common,
@@ -298,4 +308,6 @@ class EmbeddingGRU(nn.Module):
     @torch.no_grad()
     def decoder(self) -> GRUDecoder:
         """A stepper for generation, from the weights as they are now."""
+        if self.gru.bidirectional:
+            checks.bad_value("nn.EmbeddingGRU.decoder", "bidirectional", "False", True)
         return GRUDecoder(self)

@@ -81,5 +81,14 @@ def token_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
     """Distinct tokens in ascending order, and each token's rank among them."""
     unique = tokens.new_empty(min(tokens.numel(), num_embeddings))
     inverse = torch.empty_like(tokens)
-    count = raw("token_plan")(tokens, num_embeddings, unique, inverse)
+    count = raw("token_plan")(tokens, num_embeddings, unique, inverse, None, None)
     return unique[:count], inverse
+
+
+def whole_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a `TokenPlan`."""
+    most = min(tokens.numel(), num_embeddings)
+    unique, offsets = tokens.new_empty(most), tokens.new_empty(most + 1)
+    inverse, order = torch.empty_like(tokens), torch.empty_like(tokens)
+    count = raw("token_plan")(tokens, num_embeddings, unique, inverse, offsets, order)
+    return unique[:count], inverse, offsets[: count + 1], order

@@ -118,8 +118,13 @@ def _fake_ragged_backward(
 
 
 def _check_tokens(named: dict[str, Any]) -> None:
-    size = named["weight"].shape[0]
-    checks.index_range("embedding_gru", "tokens", named["tokens"], size, None)
+    op, size, unique = "embedding_gru", named["weight"].shape[0], named["unique"]
+    if unique is None:
+        checks.index_range(op, "tokens", named["tokens"], size, None)
+    else:
+        # what the kernels index with; that the plan is of these tokens is the caller's word
+        checks.index_range(op, "plan.unique", unique, size, None)
+        checks.index_range(op, "plan.inverse", named["inverse"], unique.shape[0], None)
 
 
 def _check_ragged(named: dict[str, Any]) -> None:

@@ -1,53 +1,17 @@
-"""The public functions `embedding_gru` and `token_plan`; `gru` stands in `stack`."""
+"""The public function `embedding_gru`; `gru` stands in `stack`, `token_plan` in its own file."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import checks
 from . import sequences
-from .arguments import check_options, check_state, check_weights, is_single
-from .autograd import EMBEDDING, RAGGED, apply
-from .op import distinct_tokens
-
-
-class TokenPlan(NamedTuple):
-    """Distinct tokens of a batch, made once by `token_plan` and given to `embedding_gru`.
-
-    unique [U]: distinct tokens, ascending. inverse [N]: rank of each token among them. order [N]:
-    positions sorted by token, stable; those of unique[i] stand at offsets[i]:offsets[i + 1].
-    """
-
-    unique: Tensor
-    inverse: Tensor
-    offsets: Tensor
-    order: Tensor
-
-
-def token_plan(ids: Tensor, num_embeddings: int) -> TokenPlan:
-    """Which rows of an embedding a batch uses, and where.
-
-    Args:
-        ids: [...], any integer dtype, in [0, num_embeddings).
-        num_embeddings: rows of the embedding.
-
-    Returns:
-        `TokenPlan`, int64 tensors on the device of `ids`, for `ids` flattened.
-
-    Raises:
-        TypeError: ids are not integers. IndexError: a token is out of range (CPU).
-    """
-    checks.integer("token_plan", "ids", ids)
-    flat = ids.reshape(-1).long()
-    checks.index_range("token_plan", "ids", flat, num_embeddings, None)
-    unique, inverse, counts = torch.unique(
-        flat, sorted=True, return_inverse=True, return_counts=True
-    )
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    return TokenPlan(unique, inverse, offsets, inverse.argsort(stable=True))
+from .arguments import Cell, check_options, check_state, check_weights, is_single
+from .embedding import EmbeddingOptions, How, over_embedding
+from .token_plan import TokenPlan
 
 
 def embedding_gru(
@@ -63,6 +27,12 @@ def embedding_gru(
     plan: TokenPlan | None = None,
     dedupe: str = "auto",
     padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    embedding_dropout: float = 0.0,
+    training: bool = False,
     reset: Tensor | None = None,
     segment_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -83,12 +53,20 @@ def embedding_gru(
         w_ih, w_hh: [3H, D], [3H, H], gates r, z, n as in torch.nn.GRU.
         b_ih, b_hh: [3H] or None.
         h0: [B, H] ([H] for one sequence, [documents, H] with `cu_seqlens`) or None for zeros.
-        plan: `token_plan(tokens, V)`, when a data loader has made it.
+        plan: `token_plan(tokens, V)` of these very tokens, when a data loader has made it.
         dedupe: "batch": one projection for each distinct token of the batch. "vocab": one for each
             row of `weight`. "off": one for each position. "auto": "batch" on the CPU; on a GPU,
             where counting distinct tokens would be a host synchronisation, "vocab" when
-            V <= 1.5 N, else "off".
+            V <= 1.5 N, else "off"; with a plan "batch".
         padding_idx: row of `weight` that gets no gradient.
+        max_norm, norm_type, scale_grad_by_freq: as in torch.nn.functional.embedding: rows in use
+            are renormalised in place first; a row's gradient is divided by its occurrences, those
+            behind `lengths` counted too.
+        sparse: the gradient of `weight` is a COO tensor of the rows in use, each once and ascending
+            (coalesced), for example for torch.optim.SparseAdam. Not under torch.compile.
+        embedding_dropout: probability, when `training`, that a token is zero wherever it occurs
+            (AWD-LSTM's), with p the probability: `weight` counts as
+                weight * torch.empty(V, 1).bernoulli_(1 - p) / (1 - p)
         reset: bool or integer, in the shape of `tokens`: nonzero starts that token from a zero
             state.
         segment_ids: in the shape of `tokens`: the state starts afresh where the value changes.
@@ -113,73 +91,72 @@ def embedding_gru(
         IndexError: a token is out of range (CPU; on a GPU its row is undefined).
     """
     op = "embedding_gru"
+    options = EmbeddingOptions(
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+        embedding_dropout if training else 0.0,
+    )  # fmt: skip
+    output, h_n = embedding_layer(
+        op, tokens, weight, [(w_ih, w_hh, b_ih, b_hh)], [h0], options, batch_first=batch_first,
+        plan=plan, dedupe=dedupe, reset=reset, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
+        lengths=lengths, precision=precision, save=save,
+    )  # fmt: skip
+    return output, h_n[0]
+
+
+def embedding_layer(
+    op: str,
+    tokens: Tensor,
+    weight: Tensor,
+    cells: Sequence[Cell],
+    states: Sequence[Tensor | None],
+    options: EmbeddingOptions,
+    *,
+    batch_first: bool,
+    plan: TokenPlan | None,
+    dedupe: str,
+    reset: Tensor | None,
+    segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    precision: str,
+    save: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """`embedding_gru` in one direction, or with a second cell in both, over one embedding."""
     checks.integer(op, "tokens", tokens)
     checks.shape(op, "weight", weight, (None, None))
-    hidden = check_weights(op, weight.shape[1], w_ih, w_hh, b_ih, b_hh)
-    checks.same_dtype(op, "weight", weight, "w_ih", w_ih)
+    for cell in cells:
+        hidden = check_weights(op, weight.shape[1], *cell)
+        checks.same_dtype(op, "weight", weight, "w_ih", cell[0])
     checks.one_of(op, "dedupe", dedupe, ("auto", "batch", "vocab", "off"))
     precision = check_options(op, precision, save)
+    options = options.checked(op, weight.shape[0])
     single = is_single(op, "tokens", tokens.dim(), cu_seqlens, lengths)
     tokens = tokens.long()
     if single:
         tokens, batch_first = tokens.unsqueeze(0), True
         reset, segment_ids = (x if x is None else x.unsqueeze(0) for x in (reset, segment_ids))
-        if cu_seqlens is None and h0 is not None:
-            h0 = h0.unsqueeze(0)
+        if cu_seqlens is None:
+            states = [x if x is None else x.unsqueeze(0) for x in states]
     begin = sequences.starts(op, tokens.shape, batch_first, reset, segment_ids)
-    layout = sequences.layout(op, tokens.shape, batch_first, cu_seqlens, lengths, h0, begin)
-    check_state(op, "h0", h0, (layout.batch, hidden), weight)
-    cell = (w_ih, w_hh, b_ih, b_hh)
-    unique = inverse = None
+    layout = sequences.layout(op, tokens.shape, batch_first, cu_seqlens, lengths, states[0], begin)
+    for state in states:
+        check_state(op, "h0", state, (layout.batch, hidden), weight)
     if plan is not None:
-        checks.shape(op, "plan.inverse", plan.inverse, (tokens.numel(),), "tokens of the batch")
-        unique, inverse, dedupe = plan.unique, plan.inverse, "batch"
-    if dedupe == "auto":
-        few = weight.shape[0] <= 1.5 * tokens.numel()
-        dedupe = "batch" if tokens.device.type == "cpu" else "vocab" if few else "off"
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
-    if layout.where is None:
-        tensors = (tokens, weight, *cell, h0, layout.begin, unique, inverse)
-        how = (dedupe, padding_idx, batch_first, False)
-        output, h_n = apply(EMBEDDING, tensors, how, save, precision)
-        if layout.lengths is not None:
-            sequence = sequences.Padded(layout.lengths, batch_first)
-            h_n, output = sequence.last(output, h0), sequence.masked(output)
-    else:
-        rows, index = _rows(tokens.reshape(-1), weight, unique, inverse, dedupe, padding_idx)
-        where, flat = layout.where.to(weight.device), None if begin is None else begin.reshape(-1)
-        placed = (index, where.first, where.lengths, where.offsets)
-        output, h_n = apply(
-            RAGGED, (rows, *cell, h0, flat, *placed), (where.stride, False), save, precision
-        )
-        output = output.view(*tokens.shape, hidden)
+        plan = _checked_plan(op, plan, tokens)
+    how = How(layout, batch_first, dedupe, save, precision)
+    results = over_embedding(op, tokens, weight, cells, states, options, plan, how)
+    outputs, h_n = [output for output, _ in results], [state for _, state in results]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     if single:
         output = output[0]
         if cu_seqlens is None:
-            h_n = h_n[0]
-        elif layout.where is None:
-            h_n = sequences.final_states(output, cu_seqlens)
+            h_n = [state[0] for state in h_n]
     return output, h_n
 
 
-def _rows(
-    tokens: Tensor, weight: Tensor, unique: Tensor | None, inverse: Tensor | None, dedupe: str,
-    padding_idx: int | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Rows of the embedding to project, and which of them each token takes."""
-    if dedupe == "batch" and unique is None:
-        if torch.compiler.is_compiling():
-            # how many tokens are distinct is not known to a compiled graph
-            dedupe = "vocab" if weight.shape[0] <= 1.5 * tokens.numel() else "off"
-        else:
-            checks.index_range("embedding_gru", "tokens", tokens, weight.shape[0], None)
-            unique, inverse = distinct_tokens(tokens, weight.shape[0])
-    if dedupe == "off":
-        return torch.nn.functional.embedding(tokens, weight, padding_idx), None
-    if dedupe == "vocab":
-        if padding_idx is None:
-            return weight, tokens
-        unique, inverse = torch.arange(weight.shape[0], device=weight.device), tokens
-    assert unique is not None
-    return torch.nn.functional.embedding(unique, weight, padding_idx), inverse
+def _checked_plan(op: str, plan: TokenPlan, tokens: Tensor) -> TokenPlan:
+    checks.shape(op, "plan.inverse", plan.inverse, (tokens.numel(),), "tokens of the batch")
+    for name, value in (("plan.unique", plan.unique), ("plan.inverse", plan.inverse)):
+        checks.same_dtype(op, name, value, "token_plan makes it", tokens)
+        checks.same_device(op, name, value, "tokens", tokens)
+    return plan._replace(inverse=plan.inverse.contiguous())

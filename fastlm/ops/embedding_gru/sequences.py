@@ -175,6 +175,15 @@ class Padded(NamedTuple):
         other = torch.where(step < length, length - 1 - step, step)
         return x.gather(1 if self.batch_first else 0, other.expand(x.shape))
 
+    def turned_starts(self, begin: Tensor | None) -> Tensor | None:
+        """Where turned sequences start afresh, which is at the token before each start."""
+        moved = reverse_starts(begin, self.batch_first, None)
+        if moved is None:
+            return None
+        turned = self.turned(moved)
+        # the first step of a turned row was marked by a start behind the last token
+        return torch.where(self._steps(turned) == 0, turned.new_zeros(()), turned)
+
     def masked(self, output: Tensor) -> Tensor:
         none = torch.zeros((), dtype=output.dtype, device=output.device)
         return torch.where(self._steps(output) < self._lengths(output), output, none)

@@ -86,14 +86,7 @@ def _padded_layer(
     """Whole rows, masked; the reverse direction is the forward one on turned sequences."""
     if reverse:
         input = rows.turned(input)
-        if begin is not None:
-            moved = sequences.reverse_starts(begin, options.batch_first, None)
-            assert moved is not None
-            begin = rows.turned(moved)
-            # the first step of a turned row was marked by a start behind the last token
-            dim = 1 if options.batch_first else 0
-            first = torch.zeros_like(begin.narrow(dim, 0, 1))
-            begin = torch.cat((first, begin.narrow(dim, 1, begin.shape[dim] - 1)), dim)
+        begin = rows.turned_starts(begin)
     output, _ = _layer(input, cell, h0, begin, None, False, options, seed, number)
     h_n = rows.last(output, h0)
     output = rows.masked(output)
