@@ -111,7 +111,42 @@ def test_the_losses_have_a_page_with_their_tests() -> None:
     page = (ROOT / "docs" / "losses.md").read_text("utf-8")
     assert len(set(re.findall(r"tests/\w+\.py::\w+", page))) > 40
     losses = {n for n in fastlm.__all__ if n.endswith(("_loss", "entropy", "logprobs", "_div"))}
+    losses.remove("generation_logprobs")  # of tokens that were generated: it stands in gru.md
     assert {name for name in losses if f"`{name}`" not in page} == set()
+
+
+def rows_of(page: str, heading: str) -> dict[str, list[str]]:
+    """Cells of the rows of the tables below a heading, by the first cell."""
+    section = re.split(r"^#+ ", page.partition(heading)[2], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = re.findall(r"^\| (.+) \|$", section, re.MULTILINE)
+    return {cells[0]: cells[1:] for cells in (row.split(" | ") for row in rows)}
+
+
+def unproven(page: str) -> set[str]:
+    """Features with a Y for fastlm and no test beside what one types."""
+    table = rows_of(page, "## Beside other libraries\n")
+    claimed = {feature for feature, cells in table.items() if re.match(r"Y\b", cells[-1])}
+    assert claimed
+    proofs = rows_of(page, "### What one types, and the test that proves it\n")
+    return {f for f in claimed if not re.search(r"`tests/\w+\.py::\w+`", proofs.get(f, [""])[-1])}
+
+
+def test_the_gru_has_a_page_with_its_tests() -> None:
+    page = (ROOT / "docs" / "gru.md").read_text("utf-8")
+    assert len(set(re.findall(r"tests/\w+\.py::\w+", page))) > 60
+    names = {n for n in fastlm.__all__ if n.endswith("gru") or n.startswith("generat")}
+    names |= {"token_plan", *(f"nn.{n}" for n in fastlm.nn.__all__ if "GRU" in n)}
+    assert len(names) >= 9
+    assert {n for n in names if f"`{n}`" not in page} == set()
+    assert unproven(page) == set()
+
+
+@pytest.mark.parametrize("proof", ("", "| a | `gru` | none |", "| b | `gru` | `tests/t.py::t` |"))
+def test_a_claim_without_a_test_is_seen(proof: str) -> None:
+    page = "## Beside other libraries\n\n| a | – | Y (so) |\n| c | Y | – |\n\n"
+    page += "### What one types, and the test that proves it\n\n"
+    assert unproven(page + proof) == {"a"}
+    assert unproven(page + "| a | `gru` | `tests/t.py::t` |") == set()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +160,9 @@ def test_the_losses_have_a_page_with_their_tests() -> None:
             "`nn.LinearCrossEntropyLoss(4, 5, lse=1)`",
             "nn.LinearCrossEntropyLoss has no argument lse",
         ),
+        ("`nn.GRU(4, 5, zone=1)`", "nn.GRU has no argument zone"),
+        ("`nn.GRU.forward(..., length=1)`", "nn.GRU.forward has no argument length"),
+        ("`nn.GRUDecoder.steps`", "nn.GRUDecoder.steps does not exist"),
         ("`linear_entropy(input)`", "linear_entropy is no function"),
         ("`max_memory`", "max_memory is no name of fastlm"),
         ("`torch.nothing`", "torch.nothing does not exist"),
