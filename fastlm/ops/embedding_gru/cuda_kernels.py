@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import checks, extension
 from ...extension import raw
 from .layer import Recurrence
+from .reference import summed_rows
 
 # bfloat16 weights are one bfloat16 number, float16 two; of float32 three have all 24 bits
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -81,8 +82,7 @@ def backward(
         dhidden = exchange[..., :hidden].reshape(tokens, 3 * hidden)
     dbias = torch.stack((dinput.sum(0), dhidden.sum(0)))
     if index is not None:
-        # accumulating index_put_ sorts on a GPU: a fixed order, unlike index_add_
-        dinput = dinput.new_zeros(rows, 3 * hidden).index_put_((index,), dinput, accumulate=True)
+        dinput = summed_rows(dinput, index, rows)
     return dinput, dhidden, dh0, dbias
 
 

@@ -22,6 +22,7 @@ from . import sequences
 from .arguments import Cell
 from .autograd import DENSE, EMBEDDING, RAGGED, apply
 from .op import distinct_tokens
+from .reference import summed_rows
 from .sequences import Layout
 from .token_plan import TokenPlan, token_plan
 
@@ -251,8 +252,7 @@ class Rows(torch.autograd.Function):
             wide = torch.promote_types(drows.dtype, torch.float32)
             count = ctx.size if unique is None else unique.shape[0]
             index = tokens.reshape(-1) if unique is None else inverse
-            values = torch.zeros(count, drows.shape[1], dtype=wide, device=drows.device)
-            values.index_add_(0, index, drows.to(wide))
+            values = summed_rows(drows.to(wide), index, count)
         elif dedupe == "vocab" and unique is not None:
             values = drows[unique]
         if keep is not None:

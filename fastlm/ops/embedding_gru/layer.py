@@ -204,8 +204,7 @@ def embedding_backward(
             dweight = dused.to(weight.dtype)
         elif dedupe == "off":
             # tokens repeat: a float32 sum, in the order of the tokens
-            total = dused.new_zeros(weight.shape).index_add_(0, rows, dused)
-            dweight = total.to(weight.dtype)
+            dweight = reference.summed_rows(dused, rows, weight.shape[0]).to(weight.dtype)
         else:
             dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
             dweight.index_copy_(0, rows, dused.to(weight.dtype))

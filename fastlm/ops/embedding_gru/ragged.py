@@ -117,5 +117,5 @@ def backward(
         carry[:count] = d
     dtable = dinput
     if index is not None:
-        dtable = dinput.new_zeros(rows, dinput.shape[1]).index_add_(0, index, dinput)
+        dtable = reference.summed_rows(dinput, index, rows)
     return dtable, dhidden, carry, torch.stack((dinput.sum(0), dhidden.sum(0)))

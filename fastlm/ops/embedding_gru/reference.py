@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 
 
+def summed_rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """[rows, ...]: the sum of the values of each index, in a fixed order."""
+    total = values.new_zeros(rows, *values.shape[1:])
+    if values.device.type == "cpu":
+        return total.index_add_(0, index, values)
+    # accumulating index_put_ sorts on a GPU, where index_add_ adds in any order
+    return total.index_put_((index,), values, accumulate=True)
+
+
 def _by_step(flat: Tensor, batch: int, batch_first: bool) -> Tensor:
     """[N, ...] -> view [T, B, ...]."""
     if batch_first:
@@ -147,5 +156,5 @@ def backward(
             carry = torch.where(reset_steps[t][:, None] != 0, 0.0, carry)
     dtable = dinput
     if index is not None:
-        dtable = dinput.new_zeros(rows, dinput.shape[1]).index_add_(0, index, dinput)
+        dtable = summed_rows(dinput, index, rows)
     return dtable, dhidden, carry.clone(), torch.stack((dinput.sum(0), dhidden.sum(0)))

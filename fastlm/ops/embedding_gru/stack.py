@@ -187,10 +187,12 @@ def _by_torch(
         batch = input.shape[0 if options.batch_first else 1]
         hx = input.new_zeros(len(cells), batch, cells[0][1].shape[1])
     flat = [w for cell in cells for w in cell if w is not None]
-    return torch.gru(
-        input, hx, flat, bias, len(cells) // directions, options.dropout, options.training,
-        bidirectional, options.batch_first,
-    )  # fmt: skip
+    # on a GPU autocast makes float16 of whatever arrives; the module has chosen its dtype
+    with torch.autocast(input.device.type, enabled=False):
+        return torch.gru(
+            input, hx, flat, bias, len(cells) // directions, options.dropout, options.training,
+            bidirectional, options.batch_first,
+        )  # fmt: skip
 
 
 def torch_packs_faster(data: Tensor, cell: Cell) -> str | None:
@@ -215,10 +217,11 @@ def _packed_by_torch(
         hx = data.new_zeros(len(cells), int(batch_sizes[0]), cells[0][1].shape[1])
     flat = [w for cell in cells for w in cell if w is not None]
     layers = len(cells) // (2 if bidirectional else 1)
-    return torch.gru(
-        data, batch_sizes, hx, flat, cells[0][2] is not None, layers, options.dropout,
-        options.training, bidirectional,
-    )  # fmt: skip
+    with torch.autocast(data.device.type, enabled=False):  # as in `_by_torch`
+        return torch.gru(
+            data, batch_sizes, hx, flat, cells[0][2] is not None, layers, options.dropout,
+            options.training, bidirectional,
+        )  # fmt: skip
 
 
 def _packed(
