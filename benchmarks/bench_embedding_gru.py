@@ -86,13 +86,73 @@ def case(op: str, batch: int, length: int, hidden: int) -> Case:
     )
 
 
+def make_documents(batch: int, length: int, hidden: int) -> Callable[[str], Arguments]:
+    """As `make_tokens`, with documents of 40 tokens on average."""
+
+    def build(device: str) -> Arguments:
+        return *make_tokens(batch, length, hidden)(device), torch.rand(batch, length) < 1 / 40
+
+    return build
+
+
+def with_resets(tokens: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    return fastlm.embedding_gru(tokens, weight, *rest[:4], reset=rest[4].to(tokens.device))[0]
+
+
+def without_resets(tokens: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    return fastlm.embedding_gru(tokens, weight, *rest[:4])[0]
+
+
+def save_hidden(tokens: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    return fastlm.embedding_gru(tokens, weight, *rest[:4], save="hidden")[0]
+
+
+def plain_documents(tokens: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    return plain_tokens(tokens, weight, *rest[:4])
+
+
+def first_document(args: Arguments) -> None:
+    """Until its first reset a row is as without any."""
+    with torch.no_grad():
+        found, whole = with_resets(*args), without_resets(*args)
+    starts = args[6].to(found.device)
+    starts[:, 0] = False
+    before = starts.cumsum(1) == 0
+    assert torch.equal(found[before], whole[before])
+    assert not torch.equal(found[~before], whole[~before])
+
+
+def option_case(name: str, ours: Callable, beside: str, reach: str, check: Callable | None) -> Case:
+    shape = (16, 64, 512)
+    return Case(
+        op="embedding_gru",
+        name=f"{name}-B{shape[0]}-T{shape[1]}-H{shape[2]}" + FORCED,
+        make=make_documents(*shape),
+        ours=ours,
+        plain=plain_documents,
+        others={beside: without_resets},
+        check=check,
+        compiles=False,
+        flops=token_flops(*shape),
+        unit_count=shape[0] * shape[1],
+        reach=reach,
+    )
+
+
+OPTIONS = [
+    option_case("resets", with_resets, "without", "without >= 0.98", first_document),
+    option_case("save-hidden", save_hidden, "gates", "gates >= 0.92", None),
+]
+
+
 def usual(batch: int, length: int, hidden: int) -> bool:
     return length == 64 and (hidden == 512 or batch in (1, 16))
 
 
 SHAPES = [(b, t, h) for h in (256, 512, 1024) for t in (64, 256) for b in (1, 4, 16, 64)]
-CASES = [case(op, *shape) for op in ("embedding_gru", "gru") for shape in SHAPES]
+CASES = [case(op, *shape) for op in ("embedding_gru", "gru") for shape in SHAPES] + OPTIONS
 USUAL = {case(op, *s).id for op in ("embedding_gru", "gru") for s in SHAPES if usual(*s)}
+USUAL |= {c.id for c in OPTIONS}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils import rnn
 
 import fastlm
 from fastlm import dispatch, philox, testing
+from fastlm.dispatch import ready
 from fastlm.ops.embedding_gru import differentiable
 
 BACKENDS = dispatch.ready("gru")
@@ -140,6 +141,22 @@ def test_save_hidden(backend: str, dtype: torch.dtype) -> None:
     size = args[0].element_size()
     assert kept["hidden"] == 7 * 3 * 19 * size
     assert kept["gates"] == kept["hidden"] + 7 * 3 * 4 * 19 * max(size, 4)
+
+
+@pytest.mark.skipif("cpu" not in ready("gru"), reason="of the compiled kernel")
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_gates_computed_again_have_the_bits_of_the_forward(precision: str) -> None:
+    tokens = torch.randint(0, 11, (50, 101))  # more than are taken at once
+    starts = torch.rand(50, 101) < 0.1
+    leaves = [torch.randn(11, 6), *weights(6, 9)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    found = []
+    for save in ("gates", "hidden"):
+        with dispatch.use_backend("cpu"):
+            options = {"save": save, "reset": starts, "precision": precision}
+            out = fastlm.embedding_gru(tokens, *leaves, **options)[0]
+            found.append(torch.autograd.grad(out.square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def zoned(x: Tensor, w: list[Tensor], keep: Any, reset: Tensor | None = None) -> Tensor:

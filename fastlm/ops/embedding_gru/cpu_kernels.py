@@ -8,6 +8,9 @@ from torch import Tensor
 from ...extension import raw
 from .ragged import Plan
 
+# whose gates are computed again in one call, which packs the weights and holds three states each
+_TOKENS_AT_ONCE = 4096
+
 
 def forward(
     table: Tensor,
@@ -32,6 +35,29 @@ def forward(
         None if plan is None else plan.packed, round,
     )  # fmt: skip
     return output, h_n, gates
+
+
+def recompute_gates(
+    table: Tensor,
+    index: Tensor | None,
+    previous: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    round: bool = False,
+) -> Tensor:
+    """As `reference.recompute_gates`, the forward's bits: every token is a sequence of one step."""
+    tokens, hidden = previous.shape
+    gates = table.new_empty(tokens, 4 * hidden)
+    unused = table.new_empty(2, min(tokens, _TOKENS_AT_ONCE), hidden)
+    for begin in range(0, tokens, _TOKENS_AT_ONCE):
+        part = slice(begin, min(begin + _TOKENS_AT_ONCE, tokens))
+        output, h_n = unused[:, : part.stop - begin]
+        where = (table[part], None) if index is None else (table, index[part])
+        raw("gru_forward")(
+            *where, None, w_hh, b_hh, previous[part], None, True, False, output, h_n, gates[part],
+            None, round,
+        )  # fmt: skip
+    return gates
 
 
 def backward(

@@ -27,6 +27,7 @@ class Recurrence(NamedTuple):
     # depend on the rows around it, so that a document has the same bits alone and among others
     product: Callable[..., Tensor] = matmul.plain
     each_row: Callable[..., Tensor] = matmul.plain_each_row
+    recompute_gates: Callable[..., Tensor] = reference.recompute_gates
 
 
 def _wide(x: Any) -> Any:
@@ -149,8 +150,8 @@ def _run_backward(
     gates, previous = saved.gates, None
     if gates.shape[0] == 0:
         previous = call.previous(output, reset, h0)
-        operand = _operand(previous, call.round)
-        gates = reference.recompute_gates(table(), index, operand, w_hh, _wide(saved.b_hh))
+        weights = (w_hh, _wide(saved.b_hh), call.round)
+        gates = recurrence.recompute_gates(table(), index, previous, *weights)
     dtable, dhidden, dh0, dbias = recurrence.backward(
         doutput, _reordered(_wide(dh_n), call), index, rows, reset, w_hh, h0, output, gates,
         *call[:3], **call.recurrence(),

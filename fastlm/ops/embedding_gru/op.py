@@ -251,6 +251,7 @@ _cpu = layer.Recurrence(
     cpu_kernels.token_plan,
     matmul.fastest,
     matmul.each_row,
+    cpu_kernels.recompute_gates,
 )
 _reference = layer.Recurrence(
     _of_lengths(reference.forward, ragged.forward),

@@ -110,10 +110,16 @@ def previous_states(
 
 
 def recompute_gates(
-    table: Tensor, index: Tensor | None, previous: Tensor, w_hh: Tensor, b_hh: Tensor | None
+    table: Tensor,
+    index: Tensor | None,
+    previous: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    round: bool = False,
 ) -> Tensor:
     """The gates of every token from the saved states, in one product instead of a loop."""
     x_r, x_z, x_n = (table if index is None else table[index]).chunk(3, -1)
+    previous = rounded(previous) if round else previous
     h_r, h_z, a = torch.nn.functional.linear(previous, w_hh, b_hh).chunk(3, -1)
     r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
     return torch.cat((r, z, torch.tanh(x_n + r * a), a), -1)
