@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ if unavailable:
 
 
 def _load_tokens() -> tuple[Any, str | None]:
+    # beside this file, and not wherever else an importer would find one
+    folder = Path(__file__).parent
+    if not any((folder / f"_tokens{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return None, _not_built("_tokens", "_tokens_build_failure.txt")
     try:
         return importlib.import_module(f"{__package__}._tokens"), None
-    except ModuleNotFoundError:
-        return None, _not_built("_tokens", "_tokens_build_failure.txt")
     except ImportError as error:
         return None, f"fastlm/_tokens does not load: {str(error).splitlines()[0]}"
 

@@ -46,7 +46,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("common", "embedding_gru"):
+    for name in ("common", "embedding_gru", "tokens"):
         shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name)
     (folder / "fastlm").mkdir()
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCH", "FASTLM_BACKEND")}
