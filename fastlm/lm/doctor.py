@@ -119,7 +119,7 @@ def short(report: dict[str, Any]) -> list[str]:
     return [
         f"fastlm {report['fastlm']}, torch {report['torch']}, Python {report['python']}, "
         f"{report['threads']} threads of {report['cpus']} CPUs, "
-        f"{report['gemm_gflops']:.0f} GFLOP/s in torch.mm",
+        f"{report['gemm_gflops']:.0f} GFLOP/s in matrix products",
         f"kernels: {report['built']}; instruction set here: {report['cpu_isa']}",
         "runs: " + (", ".join(f"{name} {where}" for name, where in runs.items()) or "no op"),
     ]
