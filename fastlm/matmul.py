@@ -12,6 +12,7 @@ element of its result depends on its row and its column alone: not on threads, n
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -112,13 +113,13 @@ def _wide_addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @functools.lru_cache
-def _has(product: str, dtype: torch.dtype, device: torch.device) -> bool:
+def _has(product: Callable[..., None], dtype: torch.dtype, device: torch.device) -> bool:
     """Tried once: which dtypes these products take depends on the version of PyTorch."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:
-        globals()[product](out, a, a)
+        product(out, a, a)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return True
@@ -126,7 +127,7 @@ def _has(product: str, dtype: torch.dtype, device: torch.device) -> bool:
 
 def library_takes_mixed(operand: Tensor) -> bool:
     """Whether `library_into` takes operands like this one for a float32 result."""
-    return _has("_wide_mm", operand.dtype, operand.device)
+    return _has(_wide_mm, operand.dtype, operand.device)
 
 
 def library_into(
@@ -139,7 +140,7 @@ def library_into(
     if not accumulate:
         _wide_mm(out, a, b)
         return out if bias is None else out.add_(bias)
-    if _has("_wide_addmm", a.dtype, a.device):
+    if _has(_wide_addmm, a.dtype, a.device):
         _wide_addmm(out, a, b)
         return out
     part = torch.empty_like(out)

@@ -151,7 +151,7 @@ try:
                          True, False, torch.zeros(3, 8), torch.zeros(3, 1), None)
 except NotImplementedError as error:
     print("CUDA" in str(error))
-print(ops.gru_packed_size(5))
+print("with CUDA kernels" in ops.build_info())
 """
 
 
@@ -163,4 +163,4 @@ def test_the_same_library_loads_without_cuda(build: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     has_kernels, has_cuda = result.stdout.split()[:2]
-    assert has_kernels == has_cuda and result.stdout.split()[2:] == ["True", "288"]
+    assert has_kernels == has_cuda and result.stdout.split()[2:] == ["True", "True"]

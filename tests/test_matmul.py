@@ -124,7 +124,7 @@ def test_half_operands_for_a_float32_result(adds, dtype, budget, monkeypatch):
     monkeypatch.setattr(matmul, "_wide_mm", wide_mm)
     monkeypatch.setattr(matmul, "_wide_addmm", wide_addmm)
     monkeypatch.setattr(
-        matmul, "_has", lambda name, kind, _: kind == dtype and (adds or name == "_wide_mm")
+        matmul, "_has", lambda product, kind, _: kind == dtype and (adds or product is wide_mm)
     )
     x, w, bias = torch.randn(100, 24), torch.randn(70, 24) * 0.2, torch.randn(70)
     target = torch.randint(0, 70, (100,))

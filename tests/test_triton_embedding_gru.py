@@ -209,29 +209,6 @@ def test_sums_of_shared_rows() -> None:
     assert torch.equal(got, triton_kernels._segment_sum(dhidden, dn, index, 6))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("shared", (True, False))
-def test_one_step(dtype: torch.dtype, shared: bool) -> None:
-    args = {k: v if k == "index" else v.to(dtype) for k, v in recurrence(5, 1, 19).items()}
-    table = args["table"] if shared else args["table"][:5]
-    index = args["index"] if shared else None
-    rest = (args["w_hh"], args["b_hh"], None, args["h0"].t().contiguous().t())
-    with fastlm.use_backend("triton"):
-        got = torch.ops.fastlm.gru_step(table, index, *rest)
-    assert got.dtype == dtype
-    weights = (None, *rest[:2])
-
-    def one(to: torch.dtype) -> Tensor:
-        tensors = (None if x is None else x.to(to) for x in (*weights, rest[3]))
-        return reference.forward(table.to(to), index, *tensors, 5, True, False)[1]
-
-    as_accurate((got,), (one(dtype),), (one(torch.float64),))
-    if shared:
-        index[3] = ROWS
-        beyond = triton_recurrence.step(table, index, *rest)
-        assert beyond[3].isnan().all() and int(beyond.isnan().sum()) == 19
-
-
 def test_one_graph_serves_other_values() -> None:
     """Nothing waits for the device and no launch depends on a value: both passes can be captured.
     In the interpreter, a second call."""

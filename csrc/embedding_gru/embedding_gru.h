@@ -46,7 +46,6 @@ struct GruForward {
   float* out;            // [N, H]
   float* h_n;            // [B, H]
   float* gates;          // [N, 4H]: r, z, n, a; or null when no backward follows
-  const float* packed;   // what gru_pack made of w_hh and b_hh, or null: pack them here
   bool round;            // operands of the recurrent product rounded to bfloat16
   float* workspace;      // gru_forward_workspace floats, 64-byte aligned
 };
@@ -69,14 +68,11 @@ struct GruBackward {
   float* workspace;      // gru_backward_workspace floats, 64-byte aligned
 };
 
-int64_t gru_packed_size(int64_t hidden);
 int64_t gru_forward_workspace(const GruShape& shape);
 int64_t gru_backward_workspace(const GruShape& shape);
 // how many threads are worth their barriers
 int gru_threads(const GruShape& shape, int available);
 
-FASTLM_PER_ISA(void, gru_pack,
-               (const float* w_hh, const float* b_hh, int64_t hidden, float* packed))
 FASTLM_PER_ISA(void, gru_forward, (const GruForward& args, Team& team, int rank))
 FASTLM_PER_ISA(void, gru_backward, (const GruBackward& args, Team& team, int rank))
 

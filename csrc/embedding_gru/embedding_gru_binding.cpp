@@ -11,11 +11,9 @@ int64_t padded(int64_t hidden) { return (hidden + kMaxLanes - 1) / kMaxLanes * k
 
 }  // namespace
 
-int64_t gru_packed_size(int64_t hidden) { return 3 * padded(hidden) * (hidden + 1); }
-
 int64_t gru_forward_workspace(const GruShape& s) {
   int64_t width = padded(s.hidden);
-  return gru_packed_size(s.hidden) + 3 * s.batch * (width + kSkew);
+  return 3 * width * (s.hidden + 1) + 3 * s.batch * (width + kSkew);
 }
 
 int64_t gru_backward_workspace(const GruShape& s) {
@@ -61,9 +59,9 @@ GruShape shape_of(int64_t batch, int64_t tokens, int64_t hidden, bool batch_firs
 void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
                      const std::optional<Tensor>& reset, const Tensor& w_hh,
                      const std::optional<Tensor>& b_hh, const std::optional<Tensor>& h0,
-                     const std::optional<Tensor>& packed, bool batch_first, bool reverse,
-                     const Tensor& output, const Tensor& h_n, const std::optional<Tensor>& gates,
-                     const std::optional<Tensor>& plan, bool round) {
+                     bool batch_first, bool reverse, const Tensor& output, const Tensor& h_n,
+                     const std::optional<Tensor>& gates, const std::optional<Tensor>& plan,
+                     bool round) {
   int64_t batch = h_n.size(0), hidden = h_n.size(1);
   GruForward args{};
   args.shape = shape_of(batch, output.size(0), hidden, batch_first, reverse, plan);
@@ -76,7 +74,6 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.out = floats_out(output);
   args.h_n = floats_out(h_n);
   args.gates = gates ? floats_out(*gates) : nullptr;
-  args.packed = floats(packed);
   args.round = round;
   Workspace workspace = allocate(gru_forward_workspace(args.shape));
   args.workspace = workspace.get();
@@ -114,10 +111,6 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
                 [&](Team& team, int rank) { kernel(args, team, rank); });
 }
 
-void gru_pack_cpu(const Tensor& w_hh, const std::optional<Tensor>& b_hh, const Tensor& packed) {
-  FASTLM_PICK(gru_pack)(floats(w_hh), floats(b_hh), w_hh.size(1), floats_out(packed));
-}
-
 // The plan of `tokens`, see tokens/tokens.h. `unique` and `offsets` are sized for min(N, V)
 // distinct tokens; returns how many there are.
 int64_t token_plan_cpu(const Tensor& tokens, int64_t vocabulary, const Tensor& unique,
@@ -136,10 +129,8 @@ int64_t token_plan_cpu(const Tensor& tokens, int64_t vocabulary, const Tensor& u
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
   m.def(
       "gru_forward(Tensor table, Tensor? index, Tensor? reset, Tensor w_hh, Tensor? b_hh, "
-      "Tensor? h0, Tensor? packed, bool batch_first, bool reverse, Tensor(a!) output, "
+      "Tensor? h0, bool batch_first, bool reverse, Tensor(a!) output, "
       "Tensor(b!) h_n, Tensor(c!)? gates, Tensor? plan=None, bool round=False) -> ()");
-  m.def("gru_packed_size(int hidden) -> int");
-  m.def("gru_pack(Tensor w_hh, Tensor? b_hh, Tensor(a!) packed) -> ()");
   m.def(
       "gru_backward(Tensor? doutput, Tensor? dh_n, Tensor? index, Tensor? reset, Tensor w_hh, "
       "Tensor? h0, Tensor output, Tensor gates, bool batch_first, bool reverse, "
@@ -152,9 +143,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
   m.impl("gru_forward", TORCH_BOX(&fastlm::gru_forward_cpu));
   m.impl("gru_backward", TORCH_BOX(&fastlm::gru_backward_cpu));
-  m.impl("gru_pack", TORCH_BOX(&fastlm::gru_pack_cpu));
   m.impl("token_plan", TORCH_BOX(&fastlm::token_plan_cpu));
-}
-STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CompositeExplicitAutograd, m) {
-  m.impl("gru_packed_size", TORCH_BOX(&fastlm::gru_packed_size));
 }

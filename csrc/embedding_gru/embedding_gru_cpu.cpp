@@ -41,8 +41,8 @@ FASTLM_INLINE ForwardBuffers forward_buffers(const GruForward& a) {
   const GruShape& s = a.shape;
   ForwardBuffers b;
   b.state_stride = vectors(s.hidden) * kLanes + kSkew;
-  b.packed = a.packed ? a.packed : a.workspace;
-  b.state[0] = a.workspace + (a.packed ? 0 : packed_size(s.hidden));
+  b.packed = a.workspace;
+  b.state[0] = a.workspace + packed_size(s.hidden);
   b.state[1] = b.state[0] + s.batch * b.state_stride;
   b.exact = a.round ? b.state[1] + s.batch * b.state_stride : nullptr;
   return b;
@@ -276,10 +276,6 @@ struct MultiplyPanel {
 
 }  // namespace
 
-void gru_pack(const float* w_hh, const float* b_hh, int64_t hidden, float* packed) {
-  pack_forward(w_hh, b_hh, hidden, false, {0, vectors(hidden)}, packed);
-}
-
 // the state every sequence starts from, where its first step will look for it
 void start_states(const GruForward& a, const ForwardBuffers& buffers, Range own) {
   const GruShape& s = a.shape;
@@ -301,7 +297,7 @@ void gru_forward(const GruForward& a, Team& team, int rank) {
   const ForwardBuffers buffers = forward_buffers(a);
   const Range own = share(vectors(s.hidden), rank, team.size());
   int round = 0;
-  if (!a.packed) pack_forward(a.w_hh, a.b_hh, s.hidden, a.round, own, a.workspace);
+  pack_forward(a.w_hh, a.b_hh, s.hidden, a.round, own, a.workspace);
   start_states(a, buffers, own);
   for (int64_t step = 0; step < s.steps; ++step) {
     // the state is double-buffered: who is past this barrier writes what nobody reads any more

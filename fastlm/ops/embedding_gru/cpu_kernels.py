@@ -31,7 +31,7 @@ def forward(
     output = (table.new_empty if full else table.new_zeros)(tokens, hidden)
     gates, h_n = table.new_empty(tokens, 4 * hidden), table.new_empty(batch, hidden)
     raw("gru_forward")(
-        table, index, reset, w_hh, b_hh, h0, None, batch_first, reverse, output, h_n, gates,
+        table, index, reset, w_hh, b_hh, h0, batch_first, reverse, output, h_n, gates,
         None if plan is None else plan.packed, round,
     )  # fmt: skip
     return output, h_n, gates
@@ -54,7 +54,7 @@ def recompute_gates(
         output, h_n = unused[:, : part.stop - begin]
         where = (table[part], None) if index is None else (table, index[part])
         raw("gru_forward")(
-            *where, None, w_hh, b_hh, previous[part], None, True, False, output, h_n, gates[part],
+            *where, None, w_hh, b_hh, previous[part], True, False, output, h_n, gates[part],
             None, round,
         )  # fmt: skip
     return gates
@@ -87,20 +87,6 @@ def backward(
         dhidden, dtable, dh0, dbias, None if plan is None else plan.packed, round,
     )  # fmt: skip
     return dtable, dhidden, dh0, dbias
-
-
-def pack(w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
-    """The recurrent weights in the order the kernel reads them, for many single steps."""
-    packed = w_hh.new_empty(raw("gru_packed_size")(w_hh.shape[1]))
-    raw("gru_pack")(w_hh, b_hh, packed)
-    return packed
-
-
-def step(table: Tensor, index: Tensor | None, w_hh: Tensor, packed: Tensor, h: Tensor) -> Tensor:
-    """One step of every sequence; `table`, `index` as in `forward` with T = 1."""
-    output, h_n = torch.empty_like(h), torch.empty_like(h)
-    raw("gru_forward")(table, index, None, w_hh, None, h, packed, True, False, output, h_n, None)
-    return h_n
 
 
 def token_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:

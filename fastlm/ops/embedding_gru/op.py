@@ -194,13 +194,6 @@ ragged_gru_backward = define(
     "(Tensor dinput, Tensor dw_ih, Tensor dw_hh, Tensor dbias, Tensor dh0)",
     _fake_ragged_backward,
 )
-# one step of decoding: no gradient, and weights packed once for many steps
-_step = define(
-    "gru_step",
-    "forward",
-    "(Tensor table, Tensor? index, Tensor w_hh, Tensor? b_hh, Tensor? packed, Tensor h) -> Tensor",
-    lambda table, index, w_hh, b_hh, packed, h: torch.empty_like(h),
-)
 
 
 def _reference_token_plan(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
@@ -212,26 +205,6 @@ def _refuses(w_hh: Tensor, **_: Any) -> str | None:
     if w_hh.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {checks.short(w_hh.dtype)}"
     return None
-
-
-def _refuses_step(w_hh: Tensor, packed: Tensor | None, **_: Any) -> str | None:
-    if packed is None:
-        return "weights were not packed"
-    return None if w_hh.dtype == torch.float32 else f"dtype {checks.short(w_hh.dtype)}"
-
-
-def _cpu_step(
-    table: Tensor, index: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, packed: Tensor,
-    h: Tensor,
-) -> Tensor:  # fmt: skip
-    return cpu_kernels.step(table, index, w_hh, packed, h.contiguous())
-
-
-def _reference_step(
-    table: Tensor, index: Tensor | None, w_hh: Tensor, b_hh: Tensor | None,
-    packed: Tensor | None, h: Tensor,
-) -> Tensor:  # fmt: skip
-    return reference.forward(table, index, None, w_hh, b_hh, h, h.shape[0], True, False)[1]
 
 
 def _of_lengths(dense: Any, sequences: Any) -> Any:
@@ -295,46 +268,9 @@ for _name, _forward, _backward in (
         refuses=_refuses,
     )
     register(_name, "reference", partial(_forward, _reference), partial(_backward, _reference))
-register(
-    "gru_step",
-    "triton",
-    triton_recurrence.step,
-    devices=triton_backend.devices,
-    unavailable=triton_backend.unavailable,
-    refuses=triton_recurrence.refuses,
-    proven=False,
-)
-register(
-    "gru_step",
-    "cpu",
-    _cpu_step,
-    devices=("cpu",),
-    unavailable=extension.unavailable,
-    refuses=_refuses_step,
-)
-register("gru_step", "reference", _reference_step)
 
 
 def distinct_tokens(tokens: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
     """Distinct tokens [U] in ascending order, and the rank of each token [N] among them."""
     use_cpu = not extension.unavailable and tokens.device.type == "cpu"
     return (_cpu if use_cpu else _reference).token_plan(tokens.contiguous(), num_embeddings)
-
-
-def step(
-    table: Tensor,
-    index: Tensor | None,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    packed: Tensor | None,
-    h: Tensor,
-) -> Tensor:
-    """The next state [B, H], without gradient; `table` and `index` as in `reference.forward`."""
-    return _step(table, index, w_hh, b_hh, packed, h)
-
-
-def pack(w_hh: Tensor, b_hh: Tensor | None) -> Tensor | None:
-    """What `step` takes as `packed`: None where no kernel would use it."""
-    if extension.unavailable or w_hh.device.type != "cpu" or w_hh.dtype != torch.float32:
-        return None
-    return cpu_kernels.pack(w_hh.contiguous(), b_hh)

@@ -402,12 +402,3 @@ def _segment_sum(dhidden: Tensor, dn: Tensor, index: Tensor, rows: int) -> Tenso
             POSITIONS=POSITIONS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return dtable
-
-
-def step(
-    table: Tensor, index: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, h: Tensor
-) -> Tensor:
-    """The state [B, H] after one token of each row; `table` and `index` as in `forward`."""
-    batch = h.shape[0]
-    steps = _Steps(range(1), 1, batch)
-    return _run_forward(None, table, index, None, w_hh, b_hh, h, steps).to(h.dtype)

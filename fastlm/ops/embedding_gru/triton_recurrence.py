@@ -50,17 +50,6 @@ def of_layer(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def step(
-    table: Tensor, index: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, packed: Tensor | None,
-    h: Tensor,
-) -> Tensor:  # fmt: skip
-    """The torch op gru_step; weights are read where they are, not packed."""
-    from . import triton_kernels
-
-    index, b_hh = (None if x is None else x.contiguous() for x in (index, b_hh))
-    return triton_kernels.step(table.contiguous(), index, w_hh.contiguous(), b_hh, h.contiguous())
-
-
 def refuses(
     w_hh: Tensor, weight: Tensor | None = None, precision: str = "ieee", **_: Any
 ) -> str | None:
