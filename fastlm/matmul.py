@@ -7,6 +7,9 @@ PyTorch multiplies float32 by MKL, which on a processor that is not Intel's uses
 bits. AMD's from Zen 5 on work on 512 at full rate, so the compiled product is about twice as fast
 there (benchmarks/LOG.md, 2026-11-26). It also takes bfloat16 operands as they are, and every
 element of its result depends on its row and its column alone: not on threads, nor on other rows.
+So under `use_backend("cpu")` it computes every product that could be its own, whatever is faster:
+the results of a training forward are then, to the bit, those of the decoding kernel, which sums in
+the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import extension
+from . import dispatch, extension
 
 
 @functools.lru_cache
@@ -26,6 +29,15 @@ def own_is_faster() -> bool:
     if extension.unavailable or not torch.backends.mkl.is_available():
         return False
     return extension.raw("mkl_is_slow")()
+
+
+def _forced() -> bool:
+    return dispatch.forced() == "cpu" and not extension.unavailable
+
+
+def own_runs() -> bool:
+    """Whether the compiled product runs at all: it is faster here, or `use_backend` asks for it."""
+    return _forced() or own_is_faster()
 
 
 # smaller results leave most of a tile empty; a shorter sum is not worth packing for
@@ -55,12 +67,13 @@ def own_into(
 
 def takes_mixed(operand: Tensor) -> bool:
     """Whether `into` takes operands like this one, in half precision, for a float32 result."""
-    return own_is_faster() and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
+    return own_runs() and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
 
 
 def _suits_own(out: Tensor, depth: int) -> bool:
     rows, columns = out.shape
-    return rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS and depth >= _LEAST_DEPTH
+    large = rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS and depth >= _LEAST_DEPTH
+    return large or _forced()
 
 
 def into(
@@ -68,7 +81,7 @@ def into(
 ) -> Tensor:
     """As `plain_into`, by the faster of the two; operands as `takes_mixed` says."""
     depth = a.shape[1]
-    own = own_is_faster() and out.dtype == torch.float32 and out.device.type == "cpu"
+    own = own_runs() and out.dtype == torch.float32 and out.device.type == "cpu"
     if own and out.stride(1) == 1 and depth > 0:
         if a.dtype != out.dtype or b.dtype != out.dtype or _suits_own(out, depth):
             return own_into(out, a, b, bias, accumulate=accumulate)
@@ -98,7 +111,7 @@ def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `plain_each_row`, by one of the two for all numbers of rows."""
-    own = own_is_faster() and a.dtype == torch.float32 and a.device.type == "cpu"
+    own = own_runs() and a.dtype == torch.float32 and a.device.type == "cpu"
     if own and a.shape[1] > 0:
         return own_into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
     return plain_each_row(a, b, bias)

@@ -3,6 +3,7 @@
 
 #include "embedding_gru/embedding_gru_step.h"
 #include "generation/generation.h"
+#include "matmul/matmul_chain.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -50,6 +51,28 @@ FASTLM_INLINE const float* panel_of(const Matrix& m, int64_t panel, PanelCache* 
                cache->buffer);
   }
   return cache->buffer;
+}
+
+// sum[i] = bias + a[i] times the panel, to the bits of `matmul`
+template <int Rows>
+FASTLM_INLINE void multiply_chains(const float* a, int64_t stride, const float* panel,
+                                   int64_t depth, Vec (&sum)[Rows][kGates]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGates; ++g) sum[i][g] = load(panel + g * kLanes);
+  }
+  panel += kGates * kLanes;
+  for (int64_t k = 0; k < depth; k += kChain) {
+    Vec chain[Rows][kGates] = {};
+    multiply<Rows, kGates>(a + k, stride, panel + k * kGates * kLanes,
+                           depth - k < kChain ? depth - k : kChain, chain);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+      for (int g = 0; g < kGates; ++g) sum[i][g] += chain[i][g];
+    }
+  }
 }
 
 FASTLM_INLINE Matrix raw_matrix(const DecoderWeights& w, int64_t at, int64_t bias_at, int64_t rows,
@@ -191,8 +214,8 @@ struct LayerTile {
     if (!looked_up) {
       const float* from =
           layer == 0 ? buffers.x + slot * buffers.input_stride : next - batch * stride;
-      multiply_panel<Rows>(from, layer == 0 ? buffers.input_stride : stride,
-                           panel_of(input, vector, &buffers.cache[0]), input.depth, x);
+      multiply_chains<Rows>(from, layer == 0 ? buffers.input_stride : stride,
+                            panel_of(input, vector, &buffers.cache[0]), input.depth, x);
     }
     multiply_panel<Rows>(h, stride, panel_of(recurrent, vector, &buffers.cache[1]), hidden, sum);
 #pragma GCC unroll 8
@@ -219,33 +242,13 @@ struct HeadTile {
   template <int Rows>
   void run(int64_t panel, int64_t row) const {
     Vec sum[Rows][kGates];
-    multiply_panel<Rows>(h + row * buffers.state_stride, buffers.state_stride,
-                         panel_of(head, panel, &buffers.cache[0]), head.depth, sum);
+    multiply_chains<Rows>(h + row * buffers.state_stride, buffers.state_stride,
+                          panel_of(head, panel, &buffers.cache[0]), head.depth, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* logits = buffers.logits + (row + i) * buffers.logits_stride;
 #pragma GCC unroll 8
       for (int v = 0; v < kGates; ++v) store(logits + (panel * kGates + v) * kLanes, sum[i][v]);
-    }
-  }
-};
-
-struct TableTile {
-  const DecoderWeights& weights;
-  const float* rows;
-  float* table;
-
-  template <int Rows>
-  void run(int64_t vector, int64_t row) const {
-    const int64_t hidden = weights.shape.hidden, depth = weights.shape.embedding_dim;
-    Vec sum[Rows][kGates];
-    multiply_panel<Rows>(rows + row * depth, depth, weights.packed + vector * panel_size(depth),
-                         depth, sum);
-    for (int i = 0; i < Rows; ++i) {
-      for (int g = 0; g < kGates; ++g) {
-        store_columns(table + ((row + i) * kGates + g) * hidden, vector * kLanes, hidden,
-                      sum[i][g]);
-      }
     }
   }
 };

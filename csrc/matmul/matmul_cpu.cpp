@@ -2,11 +2,11 @@
 // High-Performance Matrix Multiplication"): a panel of b stays in the first-level cache, a block of
 // a and of b in the second.
 //
-// Every element of c is, for each block of kDepth, one chain of fused multiply-adds over k in order
-// from 0, and the chains are added up in order. So it depends on its row of a and its column of b
-// alone, not on the number of threads or on what stands around it.
+// Every element of c is summed as matmul_chain.h says. So it depends on its row of a and its column
+// of b alone, not on the number of threads or on what stands around it.
 #include "common/vec.h"
 #include "matmul/matmul.h"
+#include "matmul/matmul_chain.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -16,7 +16,7 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 12 : 6;
 constexpr int kVectors = 2;
 constexpr int kColumns = kVectors * kLanes;
-constexpr int kDepth = 128;
+constexpr int kDepth = kChain;
 constexpr int kBlockRows = 10 * kRows;
 constexpr int kBlockColumns = 1024;
 // between the rows of a packed tile of a: rows 4 KiB apart would share the sets of the cache
