@@ -55,11 +55,10 @@ template <typename T, bool kCap, bool kMoments, bool kWeighted>
 void next_block(const RowForward& a, const T* x, const float* weight, int count, int64_t offset,
                 RowSums* row, Largest* largest) {
   const Scores<kCap> scores(a.scale, a.softcap);
+  const float sign = sign_of(a.scale), top = largest_of(x, count, sign);
   const Block block =
-      add_block<T, kCap, kMoments, kWeighted>(scores, x, weight, count, row, Nothing{});
-  if (!a.argmax) return;
-  const float sign = a.scale < 0 ? -1.f : 1.f;
-  update_argmax(x, count, sign, block.largest, block.sum != block.sum, offset, largest);
+      add_block<T, kCap, kMoments, kWeighted>(scores, x, weight, count, top, row, Nothing{});
+  if (a.argmax) update_argmax(x, count, sign, top, block.sum != block.sum, offset, largest);
 }
 
 template <typename T, bool kCap, bool kMoments, bool kWeighted>

@@ -123,10 +123,9 @@ __attribute__((noinline)) double sum_of_rest(const Scores<kCap>& scores, const T
   return sum + reduce_add(rest);
 }
 
-// what `add_block` says of a block beside its sums
+// what `add_block` says of a block
 struct Block {
-  float largest;  // of the logits times the sign of the scale
-  float base;     // largest z, which the sums are relative to
+  float base;  // largest z, which the sums are relative to
   float sum;
 };
 
@@ -134,16 +133,17 @@ struct Nothing {
   void operator()(int, Vec) const {}
 };
 
-// The next `count` <= kBlock classes of a row. each(i, e): exp(z - base) of classes i and after
+FASTLM_INLINE float sign_of(float scale) { return scale < 0 ? -1.f : 1.f; }
+
+// The next `count` <= kBlock classes of a row, with the largest of logits times sign_of(scale).
+// each(i, e): exp(z - base) of classes i and after
 template <typename T, bool kCap, bool kMoments, bool kWeighted, typename Each>
 FASTLM_INLINE Block add_block(const Scores<kCap>& scores, const T* x, const float* weight,
-                              int count, RowSums* row, const Each& each) {
+                              int count, float largest, RowSums* row, const Each& each) {
   using Sums = BlockSums<kMoments, kWeighted>;
-  const float sign = scores.scale < 0 ? -1.f : 1.f;
-  const float largest = largest_of(x, count, sign);
+  const Vec top = broadcast(largest * sign_of(scores.scale));
   // a block of -infinity alone is measured from 0: -inf - -inf would be NaN
-  const float base =
-      largest == -kInfinity ? 0.f : scores.z(scores.squash(broadcast(largest * sign)))[0];
+  const float base = largest == -kInfinity ? 0.f : scores.z(scores.squash(top))[0];
   const Vec one = broadcast(1.f);
   Sums even, odd;
   int i = 0;
@@ -174,7 +174,7 @@ FASTLM_INLINE Block add_block(const Scores<kCap>& scores, const T* x, const floa
     row->weighted += reduce_add(block.weighted) + mass * base;
     row->mass += mass;
   }
-  return {largest, base, sum};
+  return {base, sum};
 }
 
 // of log p of one class; log_sum: the log of row.sum

@@ -94,7 +94,8 @@ Softmax score_token(const T* logits, int64_t classes, double temperature, int64_
   RowSums row;
   for (int64_t at = 0; at < classes; at += kBlock) {
     const int count = int(classes - at < kBlock ? classes - at : kBlock);
-    add_block<T, false, false, false>(scores, logits + at, nullptr, count, &row, Nothing{});
+    const float top = largest_of(logits + at, count, 1.f);
+    add_block<T, false, false, false>(scores, logits + at, nullptr, count, top, &row, Nothing{});
   }
   return softmax_of(row, logits[token], temperature);
 }
@@ -162,6 +163,15 @@ struct Row {
     top = reduce_max(all);
   }
 
+  // of the classes of a block of `row_statistics`
+  float largest_in(int64_t begin) const {
+    Vec all = broadcast(-kInfinity);
+    const int64_t end = (begin + kBlock) / kSampleBlock;
+    for (int64_t block = begin / kSampleBlock; block < (end < blocks ? end : blocks); ++block)
+      all = max(load(maxima + block * kLanes), all);
+    return reduce_max(all);
+  }
+
   // as `row_statistics` sums, and on the way the sums of blocks relative to the row; returns theirs
   double sum_row(float scale) {
     const Scores<false> scores(scale, 0.f);
@@ -172,7 +182,7 @@ struct Row {
       double* first = sum;
       Vec part{};
       const Block block = add_block<T, false, false, false>(
-          scores, logits + at, nullptr, count, &row, [&](int i, Vec e) {
+          scores, logits + at, nullptr, count, largest_in(at), &row, [&](int i, Vec e) {
             part += e;
             if ((i + kLanes) % kSampleBlock != 0 && i + kLanes < count) return;
             *sum++ = double(reduce_add(part));
