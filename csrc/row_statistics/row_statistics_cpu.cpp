@@ -57,7 +57,7 @@ void next_block(const RowForward& a, const T* x, const float* weight, int count,
   const Scores<kCap> scores(a.scale, a.softcap);
   const float sign = sign_of(a.scale), top = largest_of(x, count, sign);
   const Block block =
-      add_block<T, kCap, kMoments, kWeighted>(scores, x, weight, count, top, row, Nothing{});
+      add_block<T, kCap, kMoments, kWeighted>(scores, x, weight, count, top, row, WholeRow{});
   if (a.argmax) update_argmax(x, count, sign, top, block.sum != block.sum, offset, largest);
 }
 

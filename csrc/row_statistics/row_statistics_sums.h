@@ -129,39 +129,48 @@ struct Block {
   float sum;
 };
 
-struct Nothing {
-  void operator()(int, Vec) const {}
+// for `add_block`: nothing but the row's sums is wanted
+struct WholeRow {
+  static constexpr int kClasses = kBlock;
+  static constexpr bool kWanted = false;
+  void operator()(Vec) const {}
 };
 
 FASTLM_INLINE float sign_of(float scale) { return scale < 0 ? -1.f : 1.f; }
 
 // The next `count` <= kBlock classes of a row, with the largest of logits times sign_of(scale).
-// each(i, e): exp(z - base) of classes i and after
-template <typename T, bool kCap, bool kMoments, bool kWeighted, typename Each>
+// parts(sum): lane sums of exp(z - base), after each Parts::kClasses classes and at the end.
+template <typename T, bool kCap, bool kMoments, bool kWeighted, typename Parts>
 FASTLM_INLINE Block add_block(const Scores<kCap>& scores, const T* x, const float* weight,
-                              int count, float largest, RowSums* row, const Each& each) {
+                              int count, float largest, RowSums* row, const Parts& parts) {
   using Sums = BlockSums<kMoments, kWeighted>;
   const Vec top = broadcast(largest * sign_of(scores.scale));
   // a block of -infinity alone is measured from 0: -inf - -inf would be NaN
   const float base = largest == -kInfinity ? 0.f : scores.z(scores.squash(top))[0];
   const Vec one = broadcast(1.f);
   Sums even, odd;
-  int i = 0;
   auto shifted = [&](Vec v) { return scores.z(scores.squash(v)) - base; };
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    // the next block (of this row or the next one) arrives while this one is worked on
-    prefetch(x + i + kBlock);
-    prefetch(x + i + kBlock + kLanes);
-    Vec w0 = kWeighted && weight ? load(weight + i) : one;
-    Vec w1 = kWeighted && weight ? load(weight + i + kLanes) : one;
-    each(i, Sums::template add<false>(even, shifted(load(x + i)), w0, VecInt{}));
-    each(i + kLanes, Sums::template add<false>(odd, shifted(load(x + i + kLanes)), w1, VecInt{}));
-  }
-  for (; i < count; i += kLanes) {
-    int rest = count - i < kLanes ? count - i : kLanes;
-    Vec w = kWeighted && weight ? load_first(weight + i, rest, 0.f) : one;
-    Vec v = shifted(load_first(x + i, rest, 0.f));
-    each(i, Sums::template add<true>(even, v, w, first_lanes(rest)));
+  for (int i = 0; i < count;) {
+    const int end = count - i < Parts::kClasses ? count : i + Parts::kClasses;
+    Vec part{};
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      // the next block (of this row or the next one) arrives while this one is worked on
+      prefetch(x + i + kBlock);
+      prefetch(x + i + kBlock + kLanes);
+      Vec w0 = kWeighted && weight ? load(weight + i) : one;
+      Vec w1 = kWeighted && weight ? load(weight + i + kLanes) : one;
+      Vec e0 = Sums::template add<false>(even, shifted(load(x + i)), w0, VecInt{});
+      Vec e1 = Sums::template add<false>(odd, shifted(load(x + i + kLanes)), w1, VecInt{});
+      if (Parts::kWanted) part += e0 + e1;
+    }
+    for (; i < end; i += kLanes) {
+      int rest = count - i < kLanes ? count - i : kLanes;
+      Vec w = kWeighted && weight ? load_first(weight + i, rest, 0.f) : one;
+      Vec v = shifted(load_first(x + i, rest, 0.f));
+      Vec e = Sums::template add<true>(even, v, w, first_lanes(rest));
+      if (Parts::kWanted) part += e;
+    }
+    parts(part);
   }
   Sums block = Sums::join(even, odd);
   const float sum = reduce_add(block.sum);

@@ -95,10 +95,17 @@ Softmax score_token(const T* logits, int64_t classes, double temperature, int64_
   for (int64_t at = 0; at < classes; at += kBlock) {
     const int count = int(classes - at < kBlock ? classes - at : kBlock);
     const float top = largest_of(logits + at, count, 1.f);
-    add_block<T, false, false, false>(scores, logits + at, nullptr, count, top, &row, Nothing{});
+    add_block<T, false, false, false>(scores, logits + at, nullptr, count, top, &row, WholeRow{});
   }
   return softmax_of(row, logits[token], temperature);
 }
+
+struct SampleBlocks {
+  static constexpr int kClasses = kSampleBlock;
+  static constexpr bool kWanted = true;
+  double** next;
+  void operator()(Vec part) const { *(*next)++ = double(reduce_add(part)); }
+};
 
 template <typename T>
 struct Row {
@@ -180,14 +187,8 @@ struct Row {
       const int count = int(classes - at < kBlock ? classes - at : kBlock);
       const double before = row.max;
       double* first = sum;
-      Vec part{};
       const Block block = add_block<T, false, false, false>(
-          scores, logits + at, nullptr, count, largest_in(at), &row, [&](int i, Vec e) {
-            part += e;
-            if ((i + kLanes) % kSampleBlock != 0 && i + kLanes < count) return;
-            *sum++ = double(reduce_add(part));
-            part = Vec{};
-          });
+          scores, logits + at, nullptr, count, largest_in(at), &row, SampleBlocks{&sum});
       if (block.sum == 0) continue;
       // to the largest so far
       double* from = row.max > before ? sums : first;
