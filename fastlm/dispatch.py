@@ -114,6 +114,11 @@ def forced() -> str | None:
     return _forced
 
 
+def undisturbed() -> bool:
+    """No backend is asked for, and nobody wants to know which one runs."""
+    return _forced is None and _trace is None
+
+
 def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
     """The backend that would run this call, without running it."""
     return _explain(op, which, named, _forced).chosen

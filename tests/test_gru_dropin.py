@@ -368,17 +368,19 @@ def test_short_sequences_go_to_torch() -> None:
     w = [p.detach() for p in nn.GRU(4, 6).parameters()]
 
     def chosen(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> str | None:
-        x = torch.randn(steps, 2, 4).to(dtype)
+        x = torch.randn(steps, options.pop("batch", 2), 4).to(dtype)
         return fastlm.explain("gru", x, None, [p.to(dtype) for p in w], **options)[0].chosen
 
     cpu = fastlm.dispatch.ready("gru")[0]
     if cpu == "cpu":
-        assert chosen(7) == "torch" and chosen(8) == "cpu"
-        assert chosen(7, save="hidden") == "cpu" and chosen(1, torch.bfloat16) == "cpu"
+        assert chosen(3) == "torch" and chosen(4) == "cpu"
+        assert chosen(4, batch=1) == "torch" and chosen(5, batch=1) == "cpu"
+        assert chosen(1, batch=700) == "cpu"
+        assert chosen(3, save="hidden") == "cpu" and chosen(1, torch.bfloat16) == "cpu"
     assert chosen(20, torch.float64) == "torch"
-    assert chosen(7, reset=torch.zeros(7, 2)) == cpu
+    assert chosen(3, reset=torch.zeros(3, 2)) == cpu
     with fastlm.use_backend("reference"):
-        assert chosen(7) == "reference"
+        assert chosen(3) == "reference"
     with fastlm.use_backend("torch"):
         assert fastlm.gru(torch.randn(20, 2, 4), None, w)[0].shape == (20, 2, 6)
         with pytest.raises(RuntimeError, match="no backend takes this forward call"):
@@ -427,3 +429,43 @@ def test_positions_beyond_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
     want, want_h, want_gates = cpu_kernels.forward(x, None, None, w_hh, None, None, 1, True, False)
     assert torch.equal(output[first:], want) and torch.equal(h_n, want_h)
     assert torch.equal(gates[first:], want_gates)
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_module_gives_short_calls_to_torch_at_once(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the checks of `gru` on the way; but for what PyTorch's kernel would not do."""
+    from fastlm.nn import gru as module
+
+    calls: list[int] = []
+    whole = module.gru
+    monkeypatch.setattr(module, "gru", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    mine, theirs = both(4, 6, **options)
+    x = torch.randn(3, 2, 4) if not mine.batch_first else torch.randn(2, 3, 4)
+    states = mine.num_layers * (2 if mine.bidirectional else 1)
+    if fastlm.extension.unavailable is None:
+        for hx in (None, torch.randn(states, 2, 6)):
+            with torch.no_grad():
+                torch.manual_seed(1)
+                got = mine(x, hx)
+                torch.manual_seed(1)
+                want = theirs(x, hx)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert not calls
+        assert fastlm.nn.GRU(4, 6)(x[:2]) and not calls
+    with fastlm.use_backend("reference"):
+        mine(x)
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mine(x)[0].dtype == torch.bfloat16
+    mine(x, reset=torch.zeros(x.shape[:2]))
+    mine.zoneout = 0.5
+    mine(x)
+    mine.zoneout, mine.save = 0.0, "hidden"
+    mine(x)
+    mine.double()(x.double())
+    assert len(calls) == 6
+    for wrong in (torch.randn(states, 3, 6), torch.randn(states, 2, 6)):
+        with pytest.raises(RuntimeError, match="hidden size|dtype"):
+            mine(x.double(), wrong)

@@ -225,6 +225,7 @@ _cpu = layer.Recurrence(
     matmul.fastest,
     matmul.each_row,
     cpu_kernels.recompute_gates,
+    may_drop_gates=True,
 )
 _reference = layer.Recurrence(
     _of_lengths(reference.forward, ragged.forward),
