@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, library
-from . import arguments, reference
+from ... import checks, dispatch, extension, library
+from . import arguments, cpu_kernels, reference
 from .mask import AttnMask
 
 _SHARED = (
@@ -153,6 +153,15 @@ def _torch_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     return None
 
 
+dispatch.register(
+    "attention",
+    "cpu",
+    cpu_kernels.forward,
+    cpu_kernels.backward,
+    devices=("cpu",),
+    unavailable=extension.unavailable,
+    refuses=cpu_kernels.refuses,
+)
 dispatch.register(
     "attention",
     "torch",
