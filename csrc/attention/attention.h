@@ -71,6 +71,8 @@ struct AttentionBackward {
   const float* dlse;   // [B, H, Sq], contiguous, or null
   void *dq, *dk, *dv;  // [B, S, H, n], contiguous
   bool wants_slopes;
+  float* dbias;  // with the strides below, or null
+  int64_t dbias_batch, dbias_head, dbias_row, dbias_key;
 };
 
 // key tiles [begin, end) of one sequence and key head, for heads [first_head, last_head)
@@ -81,6 +83,13 @@ struct BackwardTask {
   float *dq, *dk, *dv;
   // [last_head - first_head] each, or null
   double *dslopes, *dsink;
+};
+
+// The gradient of a bias from rows [row_begin, row_end) of each of the sequences and of each head
+// in [first_head, last_head); no other task adds to the same elements.
+struct BiasTask {
+  const Sequence *first, *last;
+  int64_t first_head, last_head, row_begin, row_end;
 };
 
 // rows of `to` = factor * the sum of `parts` matrices in panels, in order
@@ -95,7 +104,8 @@ struct PartialSums {
 };
 
 FASTLM_PER_ISA(bool, multiplies_pairs, ())
-FASTLM_PER_ISA(int64_t, attention_forward_rows, ())  // most rows of a task
+// a task of a forward starts at a multiple of these
+FASTLM_PER_ISA(int64_t, attention_block_rows, ())
 FASTLM_PER_ISA(int64_t, attention_forward_workspace, (const Attention& a, int64_t rows))
 FASTLM_PER_ISA(void, attention_forward,
                (const AttentionForward& a, const ForwardTask& task, float* workspace))
@@ -105,6 +115,8 @@ FASTLM_PER_ISA(int64_t, attention_backward_workspace,
                (const Attention& a, int64_t rows, int64_t keys))
 FASTLM_PER_ISA(void, attention_backward,
                (const AttentionBackward& a, const BackwardTask& task, float* workspace))
+FASTLM_PER_ISA(void, attention_bias,
+               (const AttentionBackward& a, const BiasTask& task, float* workspace))
 FASTLM_PER_ISA(void, attention_sum, (const PartialSums& sums, int64_t begin, int64_t end))
 
 }  // namespace fastlm

@@ -11,6 +11,7 @@ struct Backward {
   using T = typename K::Element;
   using Unit = typename K::Unit;
   using Tiles = Gradients<K>;
+  static constexpr int kRowsOfTile = Tiles::kRowsOfTile;
 
   const AttentionBackward& f;
   const Attention& a;
@@ -109,9 +110,9 @@ struct Backward {
     for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
       const Columns c = g.columns[r0 / kRows];
       if (c.empty()) continue;
-      const int64_t count = least(kRows, rows - r0), at = i * kQueries + r0;
+      const int64_t count = least(kRows, rows - r0), at = i * kRowsOfTile + r0;
       Product p{g.t.ds_along + r0 * kPanel,
-                Tiles::kTilePanel,
+                Tiles::kAlongPanel,
                 nullptr,
                 c.begin / Unit::kDepth,
                 words<Unit>(least(c.end, g.tile_keys)),
@@ -149,7 +150,7 @@ struct Backward {
         for (int64_t key = 0; key < keys; key += kRows) {
           const Product p{x + column / kPanel * Tiles::kAcrossPanel + key,
                           0,
-                          rows + (panel * g.h.rows + i * kQueries) / Unit::kDepth * kPanel,
+                          rows + (panel * g.h.rows + i * kRowsOfTile) / Unit::kDepth * kPanel,
                           begin / Unit::kDepth,
                           words<Unit>(end),
                           to + panel * dk_panel + (column + key) * kPanel,
@@ -169,7 +170,7 @@ struct Backward {
   uint32_t rows_with(int64_t i, int64_t k, int64_t key) const {
     uint32_t found = kNone;
     for (int half = 0; half < Unit::kDepth; ++half) {
-      const int64_t r = i * kQueries + k * Unit::kDepth + half;
+      const int64_t r = i * kRowsOfTile + k * Unit::kDepth + half;
       if (r >= g.count || key < g.h.row[r].low || key >= g.h.row[r].high) continue;
       found |= Unit::kDepth == 1 ? kBoth : half == 0 ? kLow : kHigh;
     }
@@ -177,17 +178,93 @@ struct Backward {
   }
 };
 
+// the gradient of a bias: probabilities and their gradients once more, by tiles of queries
+template <typename T>
+struct BiasGradient {
+  using Tiles = Gradients<Kind<T, Singles>>;
+  const AttentionBackward& f;
+  Tiles g;
+
+  BiasGradient(const AttentionBackward& f, const Sequence& s, int64_t rows, float** next)
+      : f(f), g(f, s, rows, next) {
+    g.wants_scores = true;
+  }
+
+  void run(int64_t head, int64_t begin, int64_t end) {
+    g.start_head(head, begin, end);
+    for (int64_t tile = 0; tile < g.s.keys; tile += kKeys) {
+      bool packed = false;
+      g.tile = tile, g.tile_keys = least(kKeys, g.s.keys - tile);
+      for (int64_t i = 0; i < g.tiles(); ++i) {
+        if (!g.attends(i)) continue;
+        if (!packed) g.start_keys(tile);
+        packed = true;
+        g.run(i);
+        add(i);
+      }
+    }
+  }
+
+  void add(int64_t i) {
+    const Sequence& s = g.s;
+    float* to = f.dbias + s.batch * f.dbias_batch + g.head * f.dbias_head +
+                (s.first_key + g.tile) * f.dbias_key;
+    float columns[kKeys] = {};  // sums over the rows of this tile
+    for (int64_t r = 0; r < g.tile_rows(i); ++r) {
+      const Columns c = g.columns[r / kRows];
+      float* row = to + (s.first_row + g.first + i * Tiles::kRowsOfTile + r) * f.dbias_row;
+      float sum = 0;
+      for (int64_t j = c.begin; j < least(c.end, g.tile_keys); ++j) {
+        const float ds = g.t.ds[j / kPanel * Tiles::kFloatPanel + r * kPanel + j % kPanel];
+        if (f.dbias_row == 0) {
+          columns[j] += ds;
+        } else if (f.dbias_key == 0) {
+          sum += ds;
+        } else {
+          row[j * f.dbias_key] += ds;
+        }
+      }
+      if (f.dbias_row != 0 && f.dbias_key == 0) *row += sum;
+    }
+    if (f.dbias_row == 0)
+      for (int64_t j = 0; j < g.tile_keys; ++j) to[j * f.dbias_key] += columns[j];
+  }
+};
+
+template <typename T>
+void bias_gradient(const AttentionBackward& f, const BiasTask& task, float* workspace) {
+  for (const Sequence* s = task.first; s != task.last; ++s) {
+    const int64_t begin = task.row_begin, end = least(s->rows, task.row_end);
+    if (begin >= end) continue;
+    float* next = workspace;
+    BiasGradient<T> gradient(f, *s, end - begin, &next);
+    for (int64_t head = task.first_head; head < task.last_head; ++head)
+      gradient.run(head, begin, end);
+  }
+}
+
 }  // namespace
+
+void attention_bias(const AttentionBackward& f, const BiasTask& task, float* workspace) {
+  if (f.shared.type == Type::float32) return bias_gradient<float>(f, task, workspace);
+  if (f.shared.type == Type::float16) return bias_gradient<Half>(f, task, workspace);
+  bias_gradient<BFloat16>(f, task, workspace);
+}
 
 int64_t attention_panels(int64_t rows, int64_t size) { return padded(rows) * up(size, kPanel); }
 
 int64_t attention_backward_workspace(const Attention& a, int64_t rows, int64_t keys) {
-  float* next = nullptr;
-  head_buffers<Singles>(a, rows, &next);
-  tile_buffers<Singles>(a, &next);
-  const int64_t tiles = kQueries * kKeys * 3;  // words of pairs
-  return (next - static_cast<float*>(nullptr)) + tiles + attention_panels(rows, a.size) +
-         attention_panels(most(keys, kKeys), a.size + a.value_size + kPanel) + 4096;
+  int64_t total = 0;
+  with_kind(a, [&](auto kind) {
+    using Unit = typename decltype(kind)::Unit;
+    float* const start = nullptr;
+    float* next = start;
+    head_buffers<Unit>(a, rows, &next);
+    tile_buffers<Unit>(a, &next);
+    total = next - start;
+  });
+  return total + attention_panels(rows, a.size) +
+         attention_panels(most(keys, kKeys), up(a.size, kPanel) + a.value_size);
 }
 
 void attention_backward(const AttentionBackward& f, const BackwardTask& task, float* workspace) {

@@ -15,6 +15,8 @@ constexpr int64_t kLeastPart = 1 << 18;
 // a sequence is cut into this many tasks of a backward, if it has not as many heads; fixed, since
 // the cut decides the order of its sums
 constexpr int64_t kTasksOfSequence = 8;
+// a multiple of every instruction set's tile of queries
+constexpr int64_t kRowsOfBiasTask = 192;
 
 Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
@@ -107,6 +109,18 @@ void run_tasks(std::vector<std::pair<double, Task>>& tasks, double multiplicatio
   });
 }
 
+// large, since a task packs the keys for itself, but some tasks for each thread
+int64_t rows_of_task(const Attention& a, const std::vector<Sequence>& sequences) {
+  const int64_t unit = FASTLM_PICK(attention_block_rows)();
+  const int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
+  for (int64_t rows = 32 * unit;; rows /= 2) {
+    int64_t tasks = 0;
+    for (const Sequence& s : sequences)
+      tasks += (s.rows * a.group() + rows - 1) / rows * a.key_heads;
+    if (tasks >= wanted || rows == 4 * unit) return rows;
+  }
+}
+
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& lo,
              const OptionalTensor& hi, const OptionalTensor& starts_q,
              const OptionalTensor& starts_k, const OptionalTensor& slopes,
@@ -118,11 +132,12 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTe
       attention_of(q, k, v, lo, hi, slopes, sink, bias, seed, scale, left, right, softcap, dropout);
   f.out = fastlm::out(out), f.lse = floats_out(lse);
   const Attention& a = f.shared;
-  const int64_t most = FASTLM_PICK(attention_forward_rows)(), group = a.group();
+  const std::vector<Sequence> sequences = sequences_of(a, q.size(0), starts_q, starts_k);
+  const int64_t most = rows_of_task(a, sequences), group = a.group();
   std::vector<std::pair<double, ForwardTask>> tasks;
   double pairs = 0;
   int64_t largest = 0;
-  for (const Sequence& s : sequences_of(a, q.size(0), starts_q, starts_k)) {
+  for (const Sequence& s : sequences) {
     const int64_t rows = s.rows * group;
     largest = std::max(largest, std::min(rows, most));
     for (int64_t begin = 0; begin < rows; begin += most) {
@@ -248,6 +263,35 @@ void sum_heads(const Backward& b, const std::vector<Sequence>& sequences,
   for (size_t i = 0; i < sum.size(); ++i) result[i] = float(sum[i]);
 }
 
+// row tiles of the bias in parallel where it has rows, else all that adds to it in one task
+void run_bias(Backward& b, const std::vector<Sequence>& sequences, const Tensor& dbias) {
+  const Attention& a = b.f.shared;
+  b.f.dbias = floats_out(dbias);
+  b.f.dbias_batch = stride_of(dbias, 0), b.f.dbias_head = stride_of(dbias, 1);
+  b.f.dbias_row = stride_of(dbias, 2), b.f.dbias_key = stride_of(dbias, 3);
+  const Sequence *first = sequences.data(), *end = first + sequences.size();
+  std::vector<std::pair<double, BiasTask>> tasks;
+  const int64_t step = dbias.size(2) > 1 ? kRowsOfBiasTask : std::max<int64_t>(1, b.rows);
+  const bool shared_heads = dbias.size(1) == 1;
+  // the batch rows of a broadcast bias lie one behind the other; sequences of a packing do not
+  const bool together = dbias.size(2) == 1 || a.rows == (first == end ? 0 : first->rows);
+  while (first != end) {
+    const bool alone = dbias.size(0) > 1 || !together;
+    const Sequence* last = alone ? first + 1 : end;
+    for (int64_t head = 0; head < a.heads; head += shared_heads ? a.heads : 1)
+      for (int64_t row = 0; row < b.rows; row += step)
+        tasks.push_back(
+            {1, {first, last, head, shared_heads ? a.heads : head + 1, row, row + step}});
+    first = last;
+  }
+  auto run = FASTLM_PICK(attention_bias);
+  Attention singles = a;
+  singles.pairs = false;
+  run_tasks(tasks, b.pairs * double(a.size + a.value_size),
+            FASTLM_PICK(attention_backward_workspace)(singles, std::min(step, b.rows), 0),
+            [&](const BiasTask& task, float* workspace) { run(b.f, task, workspace); });
+}
+
 void backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
               const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& lo,
               const OptionalTensor& hi, const OptionalTensor& starts_q,
@@ -255,7 +299,7 @@ void backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, c
               const OptionalTensor& sink, const OptionalTensor& bias, int64_t seed, double scale,
               int64_t left, int64_t right, double softcap, double dropout, const Tensor& dq,
               const Tensor& dk, const Tensor& dv, const OptionalTensor& dslopes,
-              const OptionalTensor& dsink) {
+              const OptionalTensor& dsink, const OptionalTensor& dbias) {
   Backward b;
   b.f.shared =
       attention_of(q, k, v, lo, hi, slopes, sink, bias, seed, scale, left, right, softcap, dropout);
@@ -289,6 +333,7 @@ void backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, c
     parallel_rows(sum.rows, 256, [&](int64_t begin, int64_t end) { add(sum, begin, end); });
   sum_heads(b, sequences, b.dslopes, dslopes);
   sum_heads(b, sequences, b.dsink, dsink);
+  if (dbias) run_bias(b, sequences, *dbias);
 }
 
 }  // namespace
@@ -305,7 +350,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
       "Tensor lse, Tensor? lo, Tensor? hi, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
       "alibi_slopes, Tensor? sink, Tensor? bias, int seed, float scale, int left, int right, "
       "float softcap, float dropout_p, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? "
-      "dalibi_slopes, Tensor(e!)? dsink) -> ()");
+      "dalibi_slopes, Tensor(e!)? dsink, Tensor(f!)? dbias) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastlm::forward));

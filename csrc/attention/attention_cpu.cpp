@@ -6,8 +6,6 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kTileRows = 16 * kRows;
-
 struct Buffers {
   float* q;       // [words / kPanel][rows][kPanel]
   float* k;       // transposed, [kKeys / kPanel][words][kPanel]
@@ -89,6 +87,17 @@ struct Forward {
         kKeys / Unit::kDepth * kPanel);
   }
 
+  // part `i` of `parts` of the next tile
+  void prefetch_keys(int64_t i, int64_t parts) {
+    const Sequence& s = task.sequence;
+    const int64_t next = tile + kKeys, rows = least(kKeys, s.keys - next);
+    if (rows <= 0) return;
+    const int64_t first = s.first_key + next, begin = kKeys * i / parts,
+                  end = kKeys * (i + 1) / parts;
+    prefetch_rows(source<T>(a.k, s.batch, first, task.key_head, rows, a.size), begin, end);
+    prefetch_rows(source<T>(a.v, s.batch, first, task.key_head, rows, a.value_size), begin, end);
+  }
+
   // scores of row r, its first at `scores`, in base 2 and masked; returns the largest
   float mask_row(int64_t r, float* scores, Columns c) {
     const Row& row = b.row[r];
@@ -133,7 +142,8 @@ struct Forward {
     Vec even{}, odd{};
     for (int column = c.begin; column < c.end; column += kPanel) {
       float* at = scores + column / kPanel * (kRows * kPanel);
-      Vec first = exp2(load(at) * factor - top), second = exp2(load(at + kLanes) * factor - top);
+      Vec first = exp2<Unit>(load(at) * factor - top),
+          second = exp2<Unit>(load(at + kLanes) * factor - top);
       even += first;
       odd += second;
       if (keep) {
@@ -223,6 +233,7 @@ struct Forward {
         if (c.empty()) continue;
         if (!packed) pack_keys();
         packed = true;
+        if (tile + kKeys < high) prefetch_keys(r0 / kRows, b.rows / kRows);
         Product p{b.q + r0 * kPanel, b.rows * kPanel, nullptr, 0, depth, nullptr, nullptr};
         for (int column = c.begin; column < c.end; column += kPanel) {
           p.b = b.k + column / kPanel * (depth * kPanel);
@@ -270,7 +281,7 @@ struct Forward {
 
 }  // namespace
 
-int64_t attention_forward_rows() { return kTileRows; }
+int64_t attention_block_rows() { return kRows; }
 
 int64_t attention_forward_workspace(const Attention& a, int64_t rows) {
   int64_t total;

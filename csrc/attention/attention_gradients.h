@@ -7,8 +7,10 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kQueries = 8 * kRows;  // of a tile
-constexpr int kBlocks = kQueries / kRows;
+// of a tile; a word holds what one or two of them add to a sum
+template <class Unit>
+constexpr int kQueries = Unit::kDepth * 8 * kRows;
+constexpr int kMostBlocks = 16;
 
 // rows of a matrix in panels of which tiles write whole blocks of rows
 FASTLM_INLINE int64_t padded(int64_t rows) { return up(rows, kPanel) + kPanel; }
@@ -42,7 +44,7 @@ HeadBuffers head_buffers(const Attention& a, int64_t rows, float** next) {
   b.delta = take(next, b.rows);
   b.dlse = take(next, b.rows);
   b.row = reinterpret_cast<Row*>(take(next, b.rows * int64_t(sizeof(Row) / sizeof(float))));
-  const int64_t tiles = b.rows / kQueries + 1;
+  const int64_t tiles = b.rows / kQueries<Unit> + 1;
   b.tile_low = reinterpret_cast<int32_t*>(take(next, tiles));
   b.tile_high = reinterpret_cast<int32_t*>(take(next, tiles));
   b.finite = reinterpret_cast<int32_t*>(take(next, tiles));
@@ -55,11 +57,12 @@ TileBuffers tile_buffers(const Attention& a, float** next) {
   b.k = take(next, kKeys * words<Unit>(a.size));
   b.v = take(next, kKeys * words<Unit>(a.value_size));
   b.k_across = take(next, kKeys / Unit::kDepth * up(a.size, kPanel));
-  b.p = take(next, kQueries * kKeys);
-  b.ds = take(next, kQueries * kKeys);
-  b.p_across = pairs ? take(next, kQueries / 2 * kKeys) : b.p;
-  b.ds_across = pairs ? take(next, kQueries / 2 * kKeys) : b.ds;
-  b.ds_along = pairs ? take(next, kQueries * kKeys / 2) : b.ds;
+  const int64_t rows = kQueries<Unit>;
+  b.p = take(next, (pairs ? kRows : rows) * kKeys);
+  b.ds = take(next, (pairs ? kRows : rows) * kKeys);
+  b.p_across = pairs ? take(next, rows / 2 * kKeys) : b.p;
+  b.ds_across = pairs ? take(next, rows / 2 * kKeys) : b.ds;
+  b.ds_along = pairs ? take(next, rows * kKeys / 2) : b.ds;
   return b;
 }
 
@@ -67,8 +70,11 @@ template <class K>
 struct Gradients {
   using T = typename K::Element;
   using Unit = typename K::Unit;
-  static constexpr int kTilePanel = kQueries * kPanel;
-  static constexpr int kAcrossPanel = kTilePanel / Unit::kDepth;
+  static constexpr int kRowsOfTile = kQueries<Unit>;
+  static constexpr int kAlongPanel = kRowsOfTile * kPanel;
+  static constexpr int kAcrossPanel = kAlongPanel / Unit::kDepth;
+  // of p and ds as floats
+  static constexpr int kFloatPanel = Unit::kDepth == 2 ? kRows * kPanel : kAlongPanel;
 
   const AttentionBackward& f;
   const Attention& a;
@@ -78,7 +84,7 @@ struct Gradients {
   int64_t head = 0, first = 0, count = 0;  // rows [first, first + count) of the sequence
   int64_t tile = 0, tile_keys = 0;         // keys from `tile` on
   bool keys_finite = true;
-  Columns columns[kBlocks];
+  Columns columns[kMostBlocks];
   double slope_sum = 0;  // of ds * distance
 
   Gradients(const AttentionBackward& f, const Sequence& s, int64_t rows, float** next)
@@ -87,20 +93,20 @@ struct Gradients {
     t = tile_buffers<Unit>(a, next);
   }
 
-  int64_t tiles() const { return (count + kQueries - 1) / kQueries; }
-  int64_t tile_rows(int64_t i) const { return least(kQueries, count - i * kQueries); }
+  int64_t tiles() const { return (count + kRowsOfTile - 1) / kRowsOfTile; }
+  int64_t tile_rows(int64_t i) const { return least(kRowsOfTile, count - i * kRowsOfTile); }
 
   void start_head(int64_t new_head, int64_t begin, int64_t end) {
     head = new_head, first = begin, count = end - begin, slope_sum = 0;
     for (int64_t i = 0; i < tiles(); ++i) {
       h.tile_low[i] = int32_t(s.keys), h.tile_high[i] = 0;
-      for (int64_t r = i * kQueries; r < i * kQueries + tile_rows(i); ++r) {
+      for (int64_t r = i * kRowsOfTile; r < i * kRowsOfTile + tile_rows(i); ++r) {
         start_row(r);
         if (h.row[r].high == 0) continue;
         h.tile_low[i] = int32_t(least(h.tile_low[i], h.row[r].low));
         h.tile_high[i] = int32_t(most(h.tile_high[i], h.row[r].high));
       }
-      const int64_t at = i * kQueries, row = s.first_row + first + at;
+      const int64_t at = i * kRowsOfTile, row = s.first_row + first + at;
       h.finite[i] =
           pack_both(source<T>(a.q, s.batch, row, head, tile_rows(i), a.size), h.q, h.q_across, at) &
           pack_both(source<T>(f.dout, s.batch, row, head, tile_rows(i), a.value_size), h.dout,
@@ -155,10 +161,10 @@ struct Gradients {
   void run(int64_t i) {
     const int64_t rows = tile_rows(i);
     for (int64_t block = 0; block * kRows < rows; ++block) {
-      const int64_t r0 = block * kRows, count = least(kRows, rows - r0), at = i * kQueries + r0;
+      const int64_t r0 = block * kRows, count = least(kRows, rows - r0), at = i * kRowsOfTile + r0;
       const Columns c = columns[block] = columns_of(h.row + at, count, tile);
       for (int column = 0; column < kKeys; column += kPanel) {
-        const int64_t to = column / kPanel * kTilePanel + r0 * kPanel;
+        const int64_t to = column / kPanel * kFloatPanel + float_row(r0) * kPanel;
         if (column < c.begin || column >= c.end) {
           clear(column, r0);
           continue;
@@ -174,18 +180,24 @@ struct Gradients {
             count);
       }
       if (c.empty()) continue;
+      if (Unit::kDepth == 2 && c.full && !a.has_extras()) {
+        for (int64_t r = 0; r < count; r += 2) pair_of_rows(at + r, r0 + r, r + 1 < count, c);
+        continue;
+      }
       for (int64_t r = 0; r < count; ++r) {
         if (a.has_extras()) {
-          extended_row(at + r, r0 + r, c);
+          extended_row(at + r, float_row(r0) + r, c);
         } else if (c.full) {
-          plain_row<false>(at + r, r0 + r, c);
+          plain_row<false>(at + r, float_row(r0) + r, c);
         } else {
-          plain_row<true>(at + r, r0 + r, c);
+          plain_row<true>(at + r, float_row(r0) + r, c);
         }
       }
       pack_block(r0, count, c);
     }
   }
+  // where row r0 of the tile stands in p and ds as floats
+  static int64_t float_row(int64_t r0) { return Unit::kDepth == 2 ? 0 : r0; }
 
   // a row with one key: as the definition has it, so that its gradient is exactly 0
   bool settle_single(int64_t r, const float* dp_row) {
@@ -193,7 +205,7 @@ struct Gradients {
     if (row.high - row.low != 1 || a.sink || row.low < tile || row.low >= tile + kKeys)
       return false;
     const int64_t column = row.low - tile;
-    h.delta[r] = dp_row[column / kPanel * kTilePanel + column % kPanel] - h.dlse[r];
+    h.delta[r] = dp_row[column / kPanel * kFloatPanel + column % kPanel] - h.dlse[r];
     return true;
   }
 
@@ -205,10 +217,10 @@ struct Gradients {
     if (kMasked) settle_single(r, ds);
     const float factor = a.scale * kLog2E, base = h.base[r], delta = h.delta[r];
     for (int column = c.begin; column < c.end; column += kPanel) {
-      const int64_t at = column / kPanel * kTilePanel;
+      const int64_t at = column / kPanel * kFloatPanel;
 #pragma GCC unroll 2
       for (int v = 0; v < kPanel; v += kLanes) {
-        Vec x = exp2(load(p + at + v) * factor - base);
+        Vec x = exp2<Unit>(load(p + at + v) * factor - base);
         Vec y = x * (load(ds + at + v) - delta);
         if (kMasked) {
           const VecInt in = inside(column + v, low, high);
@@ -229,17 +241,17 @@ struct Gradients {
     const bool dropped = a.dropout > 0;
     if (dropped)
       for (int column = c.begin; column < c.end; column += kLanes) {
-        float* at = ds + column / kPanel * kTilePanel + column % kPanel;
+        float* at = ds + column / kPanel * kFloatPanel + column % kPanel;
         store(at, load(at) * load(extras.keep + column));
       }
     settle_single(r, ds);
     const float base = h.base[r], delta = h.delta[r];
     Vec distances{};
     for (int column = c.begin; column < c.end; column += kLanes) {
-      const int64_t at = column / kPanel * kTilePanel + column % kPanel;
+      const int64_t at = column / kPanel * kFloatPanel + column % kPanel;
       const VecInt in = inside(column, low, high);
       Vec slack = broadcast(1.f);
-      const Vec x = exp2(extras.score(load(p + at), column, &slack) - base);
+      const Vec x = exp2<Unit>(extras.score(load(p + at), column, &slack) - base);
       const Vec y = select(in, x * (load(ds + at) - delta), Vec{});
       if (a.slopes) distances += y * extras.distance(column);
       store(p + at, select(in, dropped ? x * load(extras.keep + column) : x, Vec{}));
@@ -249,34 +261,55 @@ struct Gradients {
   }
   bool wants_scores = false;  // ds of the scores themselves, for the gradient of the bias
 
-  // words of what the rows of a block left as floats
-  void pack_block(int64_t r0, int64_t count, Columns c) {
+  // words of p and ds, two panels' halves of rows r and r + 1 of the tile
+  void put_words(int64_t r, int column, const Vec (&p)[2][2], const Vec (&ds)[2][2]) {
 #if defined(__AVX512F__)
     if constexpr (Unit::kDepth == 2) {
-      for (int64_t r = r0; r < r0 + count; r += 2) {
-        const bool two = r + 1 < r0 + count;
-        for (int column = c.begin; column < c.end; column += kPanel) {
-          const int64_t at = column / kPanel * kTilePanel + r * kPanel;
-          const int64_t to = column / kPanel * kAcrossPanel + r / 2 * kPanel;
-          const int word = column / 2;
-          float* along = t.ds_along + word / kPanel * kTilePanel + r * kPanel + word % kPanel;
-          Vec above[2], below[2];
-          for (int v = 0; v < 2; ++v) {
-            above[v] = load(t.p + at + v * kLanes);
-            below[v] = two ? load(t.p + at + kPanel + v * kLanes) : Vec{};
-            store(t.p_across + to + v * kLanes, pack_across(above[v], below[v]));
-          }
-          for (int v = 0; v < 2; ++v) {
-            above[v] = load(t.ds + at + v * kLanes);
-            below[v] = two ? load(t.ds + at + kPanel + v * kLanes) : Vec{};
-            store(t.ds_across + to + v * kLanes, pack_across(above[v], below[v]));
-          }
-          store(along, pack_along(above[0], above[1]));
-          store(along + kPanel, pack_along(below[0], below[1]));
-        }
+      const int64_t to = column / kPanel * kAcrossPanel + r / 2 * kPanel;
+      const int word = column / 2;
+      float* along = t.ds_along + word / kPanel * kAlongPanel + r * kPanel + word % kPanel;
+      for (int v = 0; v < 2; ++v) {
+        store(t.p_across + to + v * kLanes, pack_across(p[0][v], p[1][v]));
+        store(t.ds_across + to + v * kLanes, pack_across(ds[0][v], ds[1][v]));
+        store(along + v * kPanel, pack_along(ds[v][0], ds[v][1]));
       }
     }
 #endif
+  }
+  // what the rows of a block left as floats
+  void pack_block(int64_t r0, int64_t count, Columns c) {
+    if (Unit::kDepth == 1) return;
+    for (int64_t r = 0; r < count; r += 2) {
+      for (int column = c.begin; column < c.end; column += kPanel) {
+        Vec p[2][2] = {}, ds[2][2] = {};
+        for (int64_t i = 0; i < least(2, count - r); ++i) {
+          const int64_t at = column / kPanel * kFloatPanel + (r + i) * kPanel;
+          for (int v = 0; v < 2; ++v) {
+            p[i][v] = load(t.p + at + v * kLanes);
+            ds[i][v] = load(t.ds + at + v * kLanes);
+          }
+        }
+        put_words(r0 + r, column, p, ds);
+      }
+    }
+  }
+  // as `plain_row` for two rows, straight to words
+  void pair_of_rows(int64_t r, int64_t in_tile, bool two, Columns c) {
+    const float factor = a.scale * kLog2E;
+    for (int column = c.begin; column < c.end; column += kPanel) {
+      Vec p[2][2] = {}, ds[2][2] = {};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        if (i == 1 && !two) break;
+        const int64_t at = column / kPanel * kFloatPanel + (in_tile % kRows + i) * kPanel;
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          p[i][v] = exp2<Unit>(load(t.p + at + v * kLanes) * factor - h.base[r + i]);
+          ds[i][v] = p[i][v] * (load(t.ds + at + v * kLanes) - h.delta[r + i]);
+        }
+      }
+      put_words(in_tile, column, p, ds);
+    }
   }
   // columns of a panel that no row of a block attends to
   void clear(int column, int64_t r0) {

@@ -217,6 +217,14 @@ FASTLM_INLINE Source<T> source(const Heads& h, int64_t batch, int64_t row, int64
   return {row_of<T>(h, batch, row, head), h.row, rows, size};
 }
 
+// rows [begin, end) into the second-level cache
+template <typename T>
+FASTLM_INLINE void prefetch_rows(const Source<T>& s, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < least(end, s.rows); ++r)
+    for (int64_t c = 0; c < s.size; c += int64_t(64 / sizeof(T)))
+      __builtin_prefetch(s.data + r * s.stride + c, 0, 2);
+}
+
 template <class Unit>
 FASTLM_INLINE int64_t words(int64_t size) {
   return (size + Unit::kDepth - 1) / Unit::kDepth;

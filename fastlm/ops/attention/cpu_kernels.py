@@ -15,8 +15,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     if q.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, not {checks.short(q.dtype)}"
-    if named["bias"] is not None and named.get("needs", (False,))[-1]:
-        return "it has no gradient of the bias"
     return None
 
 
@@ -82,8 +80,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tenso
 def backward(*args: Any) -> tuple[Tensor, ...]:
     dout, dlse, q, k, v, out, lse, *given, needs = args
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    # zeros: the bias is added to, and elements outside every mask are not reached
     slopes, sink, bias = (
-        x.new_empty(x.shape, dtype=torch.float32) if need and x is not None else None
+        x.new_zeros(x.shape, dtype=torch.float32) if need and x is not None else None
         for x, need in zip(given[4:7], needs, strict=True)
     )
     extension.raw("attention_backward")(
@@ -97,6 +96,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
         dv,
         slopes,
         sink,
+        bias,
     )
     extra = (
         q.new_empty(0) if d is None else d.to(x.dtype)
