@@ -38,18 +38,20 @@ struct Backward {
     for (int64_t i = 0; i < count; i += kLanes) store(x + i, Vec{});
   }
 
+  // what a tile's keys add up, whichever other tasks write beside them
+  void zero_tile(float* to, int64_t size) {
+    for (int64_t panel = 0; panel * kPanel < size; ++panel)
+      zero(to + panel * dk_panel, up(g.tile_keys, kPanel) * kPanel);
+  }
+
   void run() {
     const Sequence& s = task.sequence;
-    if (all_keys) {
-      zero(dk, dk_panel * up(a.size, kPanel) / kPanel);
-      zero(dv, dk_panel * up(a.value_size, kPanel) / kPanel);
-    }
     for (int64_t head = task.first_head; head < task.last_head; ++head) {
       g.start_head(head, 0, s.rows);
       float* head_dq = task.dq ? dq + (head - task.first_head) * dq_size() : dq;
       zero(head_dq, dq_size());
       for (int64_t tile = task.begin * kKeys; tile < least(s.keys, task.end * kKeys); tile += kKeys)
-        keys(tile, head_dq, head + 1 == task.last_head);
+        keys(tile, head_dq, head);
       if (!task.dq) {
         for (int64_t r = 0; r < s.rows; ++r) {
           T* to = static_cast<T*>(f.dq) +
@@ -75,17 +77,16 @@ struct Backward {
     return sum;
   }
 
-  void keys(int64_t tile, float* head_dq, bool last) {
+  void keys(int64_t tile, float* head_dq, int64_t head) {
     const Sequence& s = task.sequence;
     float *tile_dk = dk, *tile_dv = dv;
-    if (all_keys) {
-      tile_dk += tile * kPanel, tile_dv += tile * kPanel;
-    } else {
-      zero(dk, kKeys * up(a.size, kPanel));
-      zero(dv, kKeys * up(a.value_size, kPanel));
+    if (all_keys) tile_dk += tile * kPanel, tile_dv += tile * kPanel;
+    g.tile = tile, g.tile_keys = least(kKeys, s.keys - tile);
+    if (head == task.first_head) {
+      zero_tile(tile_dk, a.size);
+      zero_tile(tile_dv, a.value_size);
     }
     bool packed = false;
-    g.tile = tile, g.tile_keys = least(kKeys, s.keys - tile);
     for (int64_t i = 0; i < g.tiles(); ++i) {
       if (!g.attends(i)) continue;
       if (!packed) g.start_keys(tile);
@@ -95,7 +96,7 @@ struct Backward {
       add_across(i, g.t.p_across, g.h.dout_across, a.value_size, tile_dv);
       add_across(i, g.t.ds_across, g.h.q_across, a.size, tile_dk);
     }
-    if (!last || task.dk) return;
+    if (head + 1 < task.last_head || task.dk) return;
     for (int64_t j = 0; j < g.tile_keys; ++j) {
       const int64_t row = (s.batch * a.keys + s.first_key + tile + j) * a.key_heads + task.key_head;
       write_row(tile_dk + j * kPanel, dk_panel, a.scale, static_cast<T*>(f.dk) + row * a.size,
@@ -136,7 +137,7 @@ struct Backward {
 
   // to += x^T rows, x [rows][kKeys] of query tile i
   void add_across(int64_t i, const float* x, const float* rows, int64_t size, float* to) {
-    for (int column = 0; column < g.tile_keys; column += kPanel) {
+    for (unsigned column = 0; column < g.tile_keys; column += kPanel) {
       // the rows from the first to the last block that attends to these keys
       int64_t begin = 0, end = 0;
       for (int64_t block = 0; block * kRows < g.tile_rows(i); ++block) {

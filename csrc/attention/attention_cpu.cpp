@@ -6,11 +6,13 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
+constexpr int kScorePanel = kTogether * kRows * kPanel;
+
 struct Buffers {
   float* q;       // [words / kPanel][rows][kPanel]
   float* k;       // transposed, [kKeys / kPanel][words][kPanel]
   float* v;       // [Dv / kPanel][kKeys words][kPanel]
-  float* scores;  // [kKeys / kPanel][kRows][kPanel], then the probabilities
+  float* scores;  // [kKeys / kPanel][kTogether kRows][kPanel], then the probabilities
   float* packed;  // the probabilities as words, where these are not floats
   float* out;     // [Dv / kPanel][rows][kPanel]
   float* sums;    // [rows][kLanes]
@@ -27,8 +29,8 @@ Buffers split(const Attention& a, int64_t rows, float* workspace, int64_t* total
   b.q = take(&next, b.rows * size);
   b.k = take(&next, kKeys * size);
   b.v = take(&next, kKeys * value_size);
-  b.scores = take(&next, kRows * kKeys);
-  b.packed = take(&next, kRows * kKeys);
+  b.scores = take(&next, kTogether * kRows * kKeys);
+  b.packed = take(&next, kTogether * kRows * kKeys);
   b.out = take(&next, b.rows * value_size);
   b.sums = take(&next, b.rows * kLanes);
   b.top = take(&next, up(b.rows, kLanes));
@@ -93,7 +95,7 @@ struct Forward {
     const int64_t next = tile + kKeys, rows = least(kKeys, s.keys - next);
     if (rows <= 0) return;
     const int64_t first = s.first_key + next, begin = kKeys * i / parts,
-                  end = kKeys * (i + 1) / parts;
+                  end = kKeys * (i + kTogether) / parts;
     prefetch_rows(source<T>(a.k, s.batch, first, task.key_head, rows, a.size), begin, end);
     prefetch_rows(source<T>(a.v, s.batch, first, task.key_head, rows, a.value_size), begin, end);
   }
@@ -104,11 +106,11 @@ struct Forward {
     const int low = int(most(0, row.low - tile)), high = int(least(kKeys, row.high - tile));
     const float factor = a.scale * kLog2E;
     Vec largest = broadcast(-kInfinity);
-    for (int column = c.begin; column < c.end; column += kLanes) {
-      float* at = scores + column / kPanel * (kRows * kPanel) + column % kPanel;
+    for (unsigned column = c.begin; column < c.end; column += kLanes) {
+      float* at = scores + column / kPanel * kScorePanel + column % kPanel;
       const Vec x = select(inside(column, low, high), load(at) * factor, broadcast(-kInfinity));
       store(at, x);
-      largest = max(x, largest);
+      largest = larger(x, largest);
     }
     return spread_max(largest)[0];
   }
@@ -116,32 +118,37 @@ struct Forward {
     const Row& row = b.row[r];
     const int low = int(most(0, row.low - tile)), high = int(least(kKeys, row.high - tile));
     Vec largest = broadcast(-kInfinity), slack;
-    for (int column = c.begin; column < c.end; column += kLanes) {
-      float* at = scores + column / kPanel * (kRows * kPanel) + column % kPanel;
+    for (unsigned column = c.begin; column < c.end; column += kLanes) {
+      float* at = scores + column / kPanel * kScorePanel + column % kPanel;
       const Vec score = extras.score(load(at), column, &slack);
       const Vec x = select(inside(column, low, high), score, broadcast(-kInfinity));
       store(at, x);
-      largest = max(x, largest);
+      largest = larger(x, largest);
     }
     return spread_max(largest)[0];
   }
   float largest_of_row(const float* scores, Columns c) {
     const float factor = a.scale * kLog2E;
+    if (factor > 0) return largest_of_row<false>(scores, c, 1.f) * factor;
+    return largest_of_row<true>(scores, c, factor);
+  }
+  template <bool kScaled>
+  float largest_of_row(const float* scores, Columns c, float factor) {
     Vec even = broadcast(-kInfinity), odd = even;
-    for (int column = c.begin; column < c.end; column += kPanel) {
-      const float* at = scores + column / kPanel * (kRows * kPanel);
-      even = max(load(at) * factor, even);
-      odd = max(load(at + kLanes) * factor, odd);
+    for (unsigned column = c.begin; column < c.end; column += kPanel) {
+      const float* at = scores + column / kPanel * kScorePanel;
+      even = larger(kScaled ? load(at) * factor : load(at), even);
+      odd = larger(kScaled ? load(at + kLanes) * factor : load(at + kLanes), odd);
     }
-    return spread_max(max(even, odd))[0];
+    return spread_max(larger(even, odd))[0];
   }
 
   // probabilities of a row relative to `top`, and their sum
   void exponentials(float* scores, float* packed, Columns c, float factor, float top, float* sums,
                     const float* keep) {
     Vec even{}, odd{};
-    for (int column = c.begin; column < c.end; column += kPanel) {
-      float* at = scores + column / kPanel * (kRows * kPanel);
+    for (unsigned column = c.begin; column < c.end; column += kPanel) {
+      float* at = scores + column / kPanel * kScorePanel;
       Vec first = exp2<Unit>(load(at) * factor - top),
           second = exp2<Unit>(load(at + kLanes) * factor - top);
       even += first;
@@ -154,35 +161,35 @@ struct Forward {
     }
     store(sums, load(sums) + (even + odd));
   }
-  void put(float* scores, float* packed, int column, Vec first, Vec second) {
+  void put(float* scores, float* packed, unsigned column, Vec first, Vec second) {
 #if defined(__AVX512F__)
     if constexpr (Unit::kDepth == 2) {
-      const int word = column / 2;
-      store(packed + word / kPanel * (kRows * kPanel) + word % kPanel, pack_along(first, second));
+      const unsigned word = column / 2;
+      store(packed + word / kPanel * kScorePanel + word % kPanel, pack_along(first, second));
       return;
     }
 #endif
-    float* at = scores + column / kPanel * (kRows * kPanel);
+    float* at = scores + column / kPanel * kScorePanel;
     store(at, first);
     store(at + kLanes, second);
   }
 
   // softmax of the scores of `rows` rows from r0 on; factor[i]: what earlier sums are multiplied by
-  void soften(int64_t r0, int64_t rows, Columns c, float* factor) {
+  void soften(int64_t r0, int64_t rows, float* scores, float* packed, Columns c, float* factor) {
     const float raw = a.scale * kLog2E;
     const bool extended = a.has_extras(), dropped = a.dropout > 0;
     float before[16] = {}, after[16] = {};
     float keep[kRows][kKeys];
     for (int64_t i = 0; i < rows; ++i) {
-      float* scores = b.scores + i * kPanel;
+      float* row = scores + i * kPanel;
       float largest;
       if (extended) {
         const Extras extras(a, task.sequence, b.row[r0 + i], tile, c);
-        largest = extend_row(r0 + i, scores, c, extras);
+        largest = extend_row(r0 + i, row, c, extras);
         if (dropped)
-          for (int j = c.begin; j < c.end; ++j) keep[i][j] = extras.keep[j];
+          for (unsigned j = c.begin; j < c.end; ++j) keep[i][j] = extras.keep[j];
       } else {
-        largest = c.full ? largest_of_row(scores, c) : mask_row(r0 + i, scores, c);
+        largest = c.full ? largest_of_row(row, c) : mask_row(r0 + i, row, c);
       }
       before[i] = b.top[r0 + i];
       const float top = largest > before[i] ? largest : before[i];
@@ -194,27 +201,52 @@ struct Forward {
     for (int64_t i = 0; i < rows; ++i) {
       float* sums = b.sums + (r0 + i) * kLanes;
       store(sums, load(sums) * factor[i]);
-      exponentials(b.scores + i * kPanel, b.packed + i * kPanel, c, extended || !c.full ? 1.f : raw,
+      exponentials(scores + i * kPanel, packed + i * kPanel, c, extended || !c.full ? 1.f : raw,
                    after[i], sums, dropped ? keep[i] : nullptr);
     }
   }
 
-  void values(int64_t r0, int64_t rows, Columns c, const float* factor) {
-    const bool pairs = Unit::kDepth == 2;
-    Product p{pairs ? b.packed : b.scores,          kRows * kPanel, nullptr, c.begin / Unit::kDepth,
-              words<Unit>(least(c.end, tile_keys)), nullptr,        factor};
-    for (int64_t panel = 0; panel < value_panels; ++panel) {
-      p.b = b.v + panel * (kKeys / Unit::kDepth * kPanel);
-      p.c = b.out + panel * (b.rows * kPanel) + r0 * kPanel;
-      if (finite || c.full) {
-        multiply_rows<Unit, Finish::scale>(p, rows);
-        continue;
+  // row r0's block of the scores, or of what is multiplied with the values
+  static int64_t place_in_scores(int64_t r0) { return r0 % (kTogether * kRows) * kPanel; }
+
+  void values(int64_t r0, int64_t rows, int64_t panel, Columns c, const float* factor) {
+    const float* from = Unit::kDepth == 2 ? b.packed : b.scores;
+    const Product p{from + place_in_scores(r0),
+                    kScorePanel,
+                    b.v + panel * (kKeys / Unit::kDepth * kPanel),
+                    c.begin / Unit::kDepth,
+                    words<Unit>(least(c.end, tile_keys)),
+                    b.out + panel * (b.rows * kPanel) + r0 * kPanel,
+                    factor};
+    if (finite || c.full) return multiply_rows<Unit, Finish::scale>(p, rows);
+    for (int64_t i = 0; i < rows; ++i)
+      multiply_chosen<Unit, Finish::scale, false>(p, i, [&](int64_t k) {
+        return halves_inside<Unit>(k, b.row[r0 + i].low - tile, b.row[r0 + i].high - tile);
+      });
+  }
+
+  // Blocks of rows from r0 on with the keys of the tile. A panel of keys serves all of them while
+  // it is in the first-level cache.
+  void blocks(int64_t r0, int64_t first, const Columns* columns, int64_t number) {
+    const auto rows = [&](int64_t i) { return least(kRows, count - r0 - i * kRows); };
+    for (unsigned column = 0; column < kKeys; column += kPanel)
+      for (int64_t i = first; i < number; ++i) {
+        if (column < columns[i].begin || column >= columns[i].end) continue;
+        const int64_t r = r0 + i * kRows;
+        multiply_rows<Unit, Finish::store>(
+            {b.q + r * kPanel, b.rows * kPanel, b.k + column * depth, 0, depth,
+             b.scores + column / kPanel * kScorePanel + place_in_scores(r), nullptr},
+            rows(i));
       }
-      for (int64_t i = 0; i < rows; ++i)
-        multiply_chosen<Unit, Finish::scale, false>(p, i, [&](int64_t k) {
-          return halves_inside<Unit>(k, b.row[r0 + i].low - tile, b.row[r0 + i].high - tile);
-        });
+    float factor[kTogether][16];
+    for (int64_t i = first; i < number; ++i) {
+      const int64_t r = r0 + i * kRows, at = place_in_scores(r);
+      if (!columns[i].empty())
+        soften(r, rows(i), b.scores + at, b.packed + at, columns[i], factor[i]);
     }
+    for (int64_t panel = 0; panel < value_panels; ++panel)
+      for (int64_t i = first; i < number; ++i)
+        if (!columns[i].empty()) values(r0 + i * kRows, rows(i), panel, columns[i], factor[i]);
   }
 
   void run() {
@@ -227,22 +259,21 @@ struct Forward {
     }
     for (tile = low / kKeys * kKeys; tile < high; tile += kKeys) {
       bool packed = false;
-      for (int64_t r0 = 0; r0 < count; r0 += kRows) {
-        const int64_t rows = least(kRows, count - r0);
-        const Columns c = columns_of(b.row + r0, rows, tile);
-        if (c.empty()) continue;
+      for (int64_t r0 = 0; r0 < count; r0 += kTogether * kRows) {
+        Columns columns[kTogether];
+        int64_t number = 0, first = kTogether;  // from the first to the last block with keys here
+        for (int64_t i = 0; i < kTogether && r0 + i * kRows < count; ++i) {
+          const int64_t r = r0 + i * kRows;
+          columns[i] = columns_of(b.row + r, least(kRows, count - r), tile);
+          if (columns[i].empty()) continue;
+          first = least(first, i);
+          number = i + 1;
+        }
+        if (number == 0) continue;
         if (!packed) pack_keys();
         packed = true;
-        if (tile + kKeys < high) prefetch_keys(r0 / kRows, b.rows / kRows);
-        Product p{b.q + r0 * kPanel, b.rows * kPanel, nullptr, 0, depth, nullptr, nullptr};
-        for (int column = c.begin; column < c.end; column += kPanel) {
-          p.b = b.k + column / kPanel * (depth * kPanel);
-          p.c = b.scores + column / kPanel * (kRows * kPanel);
-          multiply_rows<Unit, Finish::store>(p, rows);
-        }
-        float factor[16];
-        soften(r0, rows, c, factor);
-        values(r0, rows, c, factor);
+        if (tile + kKeys < high) prefetch_keys(r0 / kRows, up(b.rows / kRows, kTogether));
+        blocks(r0, first, columns, number);
       }
     }
     finish();

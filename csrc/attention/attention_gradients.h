@@ -58,8 +58,8 @@ TileBuffers tile_buffers(const Attention& a, float** next) {
   b.v = take(next, kKeys * words<Unit>(a.value_size));
   b.k_across = take(next, kKeys / Unit::kDepth * up(a.size, kPanel));
   const int64_t rows = kQueries<Unit>;
-  b.p = take(next, (pairs ? kRows : rows) * kKeys);
-  b.ds = take(next, (pairs ? kRows : rows) * kKeys);
+  b.p = take(next, (pairs ? kTogether * kRows : rows) * kKeys);
+  b.ds = take(next, (pairs ? kTogether * kRows : rows) * kKeys);
   b.p_across = pairs ? take(next, rows / 2 * kKeys) : b.p;
   b.ds_across = pairs ? take(next, rows / 2 * kKeys) : b.ds;
   b.ds_along = pairs ? take(next, rows * kKeys / 2) : b.ds;
@@ -74,7 +74,7 @@ struct Gradients {
   static constexpr int kAlongPanel = kRowsOfTile * kPanel;
   static constexpr int kAcrossPanel = kAlongPanel / Unit::kDepth;
   // of p and ds as floats
-  static constexpr int kFloatPanel = Unit::kDepth == 2 ? kRows * kPanel : kAlongPanel;
+  static constexpr int kFloatPanel = Unit::kDepth == 2 ? kTogether * kRows * kPanel : kAlongPanel;
 
   const AttentionBackward& f;
   const Attention& a;
@@ -160,44 +160,72 @@ struct Gradients {
   // p and ds of query tile i and these keys; 0 where a row does not attend
   void run(int64_t i) {
     const int64_t rows = tile_rows(i);
-    for (int64_t block = 0; block * kRows < rows; ++block) {
-      const int64_t r0 = block * kRows, count = least(kRows, rows - r0), at = i * kRowsOfTile + r0;
-      const Columns c = columns[block] = columns_of(h.row + at, count, tile);
-      for (int column = 0; column < kKeys; column += kPanel) {
-        const int64_t to = column / kPanel * kFloatPanel + float_row(r0) * kPanel;
-        if (column < c.begin || column >= c.end) {
-          clear(column, r0);
-          continue;
-        }
-        const int64_t kd = words<Unit>(a.size), vd = words<Unit>(a.value_size);
-        multiply_rows<Unit, Finish::store>(
-            {h.q + at * kPanel, h.rows * kPanel, t.k + column / kPanel * (kd * kPanel), 0, kd,
-             t.p + to, nullptr},
-            count);
-        multiply_rows<Unit, Finish::store>(
-            {h.dout + at * kPanel, h.rows * kPanel, t.v + column / kPanel * (vd * kPanel), 0, vd,
-             t.ds + to, nullptr},
-            count);
+    for (int64_t r0 = 0; r0 < rows; r0 += kTogether * kRows) {
+      const int64_t blocks = least(kTogether, (rows - r0 + kRows - 1) / kRows);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t at = r0 + b * kRows;
+        columns[at / kRows] =
+            columns_of(h.row + i * kRowsOfTile + at, least(kRows, rows - at), tile);
+        prefetch(i + 1, at);
       }
-      if (c.empty()) continue;
-      if (Unit::kDepth == 2 && c.full && !a.has_extras()) {
-        for (int64_t r = 0; r < count; r += 2) pair_of_rows(at + r, r0 + r, r + 1 < count, c);
-        continue;
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        if (a.has_extras()) {
-          extended_row(at + r, float_row(r0) + r, c);
-        } else if (c.full) {
-          plain_row<false>(at + r, float_row(r0) + r, c);
-        } else {
-          plain_row<true>(at + r, float_row(r0) + r, c);
-        }
-      }
-      pack_block(r0, count, c);
+      // a panel of keys serves several blocks of rows while it is in the first-level cache
+      for (unsigned column = 0; column < kKeys; column += kPanel)
+        for (int64_t b = 0; b < blocks; ++b) multiply_block(i, r0 + b * kRows, column);
+      for (int64_t b = 0; b < blocks; ++b) finish_block(i, r0 + b * kRows);
     }
   }
+
+  void multiply_block(int64_t i, int64_t r0, unsigned column) {
+    const Columns& c = columns[r0 / kRows];
+    if (column < c.begin || column >= c.end) return clear(column, r0);
+    const int64_t to = column / kPanel * kFloatPanel + float_row(r0) * kPanel;
+    const int64_t rows = least(kRows, tile_rows(i) - r0), at = (i * kRowsOfTile + r0) * kPanel;
+    const int64_t depth = words<Unit>(a.size), value_depth = words<Unit>(a.value_size);
+    multiply_rows<Unit, Finish::store>(
+        {h.q + at, h.rows * kPanel, t.k + column * depth, 0, depth, t.p + to, nullptr}, rows);
+    multiply_rows<Unit, Finish::store>({h.dout + at, h.rows * kPanel, t.v + column * value_depth, 0,
+                                        value_depth, t.ds + to, nullptr},
+                                       rows);
+  }
+
+  void finish_block(int64_t i, int64_t r0) {
+    const Columns& c = columns[r0 / kRows];
+    if (c.empty()) return;
+    const int64_t rows = least(kRows, tile_rows(i) - r0), at = i * kRowsOfTile + r0;
+    if (Unit::kDepth == 2 && c.full && !a.has_extras()) {
+      for (int64_t r = 0; r < rows; r += 2) pair_of_rows(at + r, r0 + r, r + 1 < rows, c);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (a.has_extras()) {
+        extended_row(at + r, float_row(r0) + r, c);
+      } else if (c.full) {
+        plain_row<false>(at + r, float_row(r0) + r, c);
+      } else {
+        plain_row<true>(at + r, float_row(r0) + r, c);
+      }
+    }
+    pack_block(r0, rows, c);
+  }
+
+  // rows of a block of tile i, for the products that come next, into the second-level cache
+  void prefetch(int64_t i, int64_t r0) const {
+    if (i >= tiles()) return;
+    const int64_t row = (i * kRowsOfTile + r0) * kPanel, across = row / Unit::kDepth;
+    const int64_t panel = h.rows * kPanel;
+    prefetch_panels(h.q + row, panel, words<Unit>(a.size), kRows);
+    prefetch_panels(h.dout + row, panel, words<Unit>(a.value_size), kRows);
+    if (Unit::kDepth == 1) return;
+    prefetch_panels(h.q_across + across, panel / 2, a.size, kRows / 2);
+    prefetch_panels(h.dout_across + across, panel / 2, a.value_size, kRows / 2);
+  }
+  static void prefetch_panels(const float* from, int64_t panel, int64_t size, int64_t rows) {
+    for (int64_t c = 0; c < size; c += kPanel, from += panel)
+      for (int64_t x = 0; x < rows * kPanel; x += 16) __builtin_prefetch(from + x, 0, 2);
+  }
+
   // where row r0 of the tile stands in p and ds as floats
-  static int64_t float_row(int64_t r0) { return Unit::kDepth == 2 ? 0 : r0; }
+  static int64_t float_row(int64_t r0) { return Unit::kDepth == 2 ? r0 % (kTogether * kRows) : r0; }
 
   // a row with one key: as the definition has it, so that its gradient is exactly 0
   bool settle_single(int64_t r, const float* dp_row) {
@@ -216,7 +244,7 @@ struct Gradients {
               high = int(least(kKeys, h.row[r].high - tile));
     if (kMasked) settle_single(r, ds);
     const float factor = a.scale * kLog2E, base = h.base[r], delta = h.delta[r];
-    for (int column = c.begin; column < c.end; column += kPanel) {
+    for (unsigned column = c.begin; column < c.end; column += kPanel) {
       const int64_t at = column / kPanel * kFloatPanel;
 #pragma GCC unroll 2
       for (int v = 0; v < kPanel; v += kLanes) {
@@ -240,14 +268,14 @@ struct Gradients {
               high = int(least(kKeys, h.row[r].high - tile));
     const bool dropped = a.dropout > 0;
     if (dropped)
-      for (int column = c.begin; column < c.end; column += kLanes) {
+      for (unsigned column = c.begin; column < c.end; column += kLanes) {
         float* at = ds + column / kPanel * kFloatPanel + column % kPanel;
         store(at, load(at) * load(extras.keep + column));
       }
     settle_single(r, ds);
     const float base = h.base[r], delta = h.delta[r];
     Vec distances{};
-    for (int column = c.begin; column < c.end; column += kLanes) {
+    for (unsigned column = c.begin; column < c.end; column += kLanes) {
       const int64_t at = column / kPanel * kFloatPanel + column % kPanel;
       const VecInt in = inside(column, low, high);
       Vec slack = broadcast(1.f);
@@ -262,11 +290,11 @@ struct Gradients {
   bool wants_scores = false;  // ds of the scores themselves, for the gradient of the bias
 
   // words of p and ds, two panels' halves of rows r and r + 1 of the tile
-  void put_words(int64_t r, int column, const Vec (&p)[2][2], const Vec (&ds)[2][2]) {
+  void put_words(int64_t r, unsigned column, const Vec (&p)[2][2], const Vec (&ds)[2][2]) {
 #if defined(__AVX512F__)
     if constexpr (Unit::kDepth == 2) {
       const int64_t to = column / kPanel * kAcrossPanel + r / 2 * kPanel;
-      const int word = column / 2;
+      const unsigned word = column / 2;
       float* along = t.ds_along + word / kPanel * kAlongPanel + r * kPanel + word % kPanel;
       for (int v = 0; v < 2; ++v) {
         store(t.p_across + to + v * kLanes, pack_across(p[0][v], p[1][v]));
@@ -280,10 +308,10 @@ struct Gradients {
   void pack_block(int64_t r0, int64_t count, Columns c) {
     if (Unit::kDepth == 1) return;
     for (int64_t r = 0; r < count; r += 2) {
-      for (int column = c.begin; column < c.end; column += kPanel) {
+      for (unsigned column = c.begin; column < c.end; column += kPanel) {
         Vec p[2][2] = {}, ds[2][2] = {};
         for (int64_t i = 0; i < least(2, count - r); ++i) {
-          const int64_t at = column / kPanel * kFloatPanel + (r + i) * kPanel;
+          const int64_t at = column / kPanel * kFloatPanel + (float_row(r0) + r + i) * kPanel;
           for (int v = 0; v < 2; ++v) {
             p[i][v] = load(t.p + at + v * kLanes);
             ds[i][v] = load(t.ds + at + v * kLanes);
@@ -296,12 +324,12 @@ struct Gradients {
   // as `plain_row` for two rows, straight to words
   void pair_of_rows(int64_t r, int64_t in_tile, bool two, Columns c) {
     const float factor = a.scale * kLog2E;
-    for (int column = c.begin; column < c.end; column += kPanel) {
+    for (unsigned column = c.begin; column < c.end; column += kPanel) {
       Vec p[2][2] = {}, ds[2][2] = {};
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         if (i == 1 && !two) break;
-        const int64_t at = column / kPanel * kFloatPanel + (in_tile % kRows + i) * kPanel;
+        const int64_t at = column / kPanel * kFloatPanel + (float_row(in_tile) + i) * kPanel;
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           p[i][v] = exp2<Unit>(load(t.p + at + v * kLanes) * factor - h.base[r + i]);
@@ -312,7 +340,7 @@ struct Gradients {
     }
   }
   // columns of a panel that no row of a block attends to
-  void clear(int column, int64_t r0) {
+  void clear(unsigned column, int64_t r0) {
     const int64_t at = column / kPanel * kAcrossPanel + r0 / Unit::kDepth * kPanel;
     for (int64_t i = 0; i < kRows / Unit::kDepth * kPanel; i += kLanes) {
       store(t.p_across + at + i, Vec{});

@@ -10,6 +10,8 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kKeys = kKeyTile;
+// blocks of rows that go through a tile of keys together
+constexpr int kTogether = 2;
 
 FASTLM_INLINE Vec lanes() {
   Vec x;
@@ -22,12 +24,23 @@ FASTLM_INLINE VecInt lane_numbers() {
   return x;
 }
 
+// the larger of the two, in one instruction; b where one of them is NaN
+FASTLM_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  Vec x;  // the compiler makes two of the comparison
+  asm("vmaxps %2, %1, %0" : "=v"(x) : "v"(a), "v"(b));
+  return x;
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // 2^x for x below 127; 0 below -126.5, NaN stays. Within 1 ulp by the Cephes polynomial (S.
 // Moshier); where the result is rounded to bfloat16, to 3e-6 by the best polynomial of degree 4.
 template <class Unit = Singles>
 FASTLM_INLINE Vec exp2(Vec x) {
   constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = at_least(-127.f, x);
+  x = larger(broadcast(-127.f), x);
   const Vec shifted = x + kMagic;
   const Vec r = x - (shifted - kMagic);
   Vec p;
@@ -47,24 +60,24 @@ FASTLM_INLINE Vec exp2(Vec x) {
   return p * (Vec)(((VecBits)shifted << 23) + 0x3f800000);
 }
 
-// the largest lane, in every lane; NaN is passed over
+// the largest lane, in every lane
 FASTLM_INLINE Vec spread_max(Vec x) {
 #define FASTLM_SWAP(lane) ((lane) ^ kWidth)
   if constexpr (kLanes > 8) {
     constexpr int kWidth = kLanes > 8 ? 8 : 0;
-    x = max(x, __builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)));
+    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   if constexpr (kLanes > 4) {
     constexpr int kWidth = kLanes > 4 ? 4 : 0;
-    x = max(x, __builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)));
+    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   {
     constexpr int kWidth = 2;
-    x = max(x, __builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)));
+    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   {
     constexpr int kWidth = 1;
-    x = max(x, __builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)));
+    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
 #undef FASTLM_SWAP
   return x;
@@ -95,7 +108,7 @@ FASTLM_INLINE Row row_at(const Attention& a, const Sequence& s, int64_t head, in
 
 // the columns of a tile that rows attend to: a range for all of them, in whole panels
 struct Columns {
-  int begin = kKeys, end = 0;
+  unsigned begin = kKeys, end = 0;
   bool full = true;  // every row takes every column
 
   void add(const Row& row, int64_t tile) {
@@ -104,8 +117,8 @@ struct Columns {
       full = false;
       return;
     }
-    begin = int(least(begin, low / kPanel * kPanel));
-    end = int(most(end, up(high, kPanel)));
+    begin = unsigned(least(begin, low / kPanel * kPanel));
+    end = unsigned(most(end, up(high, kPanel)));
   }
   void finish(const Row* rows, int64_t count, int64_t tile) {
     for (int64_t i = 0; full && i < count; ++i)
@@ -156,7 +169,7 @@ struct Extras {
     }
   }
 
-  Vec bias(int column) const {
+  Vec bias(unsigned column) const {
     const int64_t left = keys_left - column, at = bias_offset + column * a.bias_key;
     if (a.bias_type == Type::float32) return bias_from(static_cast<const float*>(a.bias), at, left);
     if (a.bias_type == Type::float16) return bias_from(static_cast<const Half*>(a.bias), at, left);
@@ -169,13 +182,13 @@ struct Extras {
     return left > 0 ? load_first(from + at, int(left), 0.f) : Vec{};
   }
 
-  Vec distance(int column) const {
+  Vec distance(unsigned column) const {
     const Vec x = lanes() + (offset + float(column));
     return x < 0.f ? -x : x;
   }
 
   // the score in base 2 of the product x; *slack: what the softcap takes from its gradient
-  Vec score(Vec x, int column, Vec* slack) const {
+  Vec score(Vec x, unsigned column, Vec* slack) const {
     x = x * scale;
     if (a.softcap > 0) {
       const Vec t = tanh(x * inverse_cap);
@@ -189,8 +202,8 @@ struct Extras {
 };
 
 // lanes of a vector that starts at `column` within [low, high)
-FASTLM_INLINE VecInt inside(int column, int low, int high) {
-  const VecInt at = lane_numbers() + column;
+FASTLM_INLINE VecInt inside(unsigned column, int low, int high) {
+  const VecInt at = lane_numbers() + int(column);
   return (at >= low) & (at < high);
 }
 

@@ -57,6 +57,12 @@ enum class Finish { store, add, scale };
 // c = sum over k of a[i][k] b[k]; c + that; factor[i] c + that
 template <class Unit, Finish kFinish, bool kByColumn, int Rows>
 void multiply(const Product& p) {
+  if constexpr (kFinish != Finish::store) {
+    for (int i = 0; i < Rows; ++i) {
+      __builtin_prefetch(p.c + i * kPanel, 1);
+      __builtin_prefetch(p.c + i * kPanel + kLanes, 1);
+    }
+  }
   Vec sum[Rows][2];
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = Vec{};
