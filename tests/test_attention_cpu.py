@@ -111,8 +111,6 @@ PAIRS = [p for p in itertools.combinations(FEATURES, 2) if p != ("causal", "inte
 def test_pairs_of_features(dtype, pair, poisoned):
     options = FEATURES[pair[0]] | FEATURES[pair[1]]
     keep = dense_of(options, ROWS, KEYS)
-    if "sink" in pair and keep is not None and not bool(keep.any(-1).all()):
-        pytest.skip("a row of the sink alone: test_attention.py has it")
     extra = [torch.rand(SHAPES[n]).to(dtype) for n, value in options.items() if value is None]
     compare([*make(dtype, 2, ROWS, KEYS, (4, 2), 20, 12), *extra], options, keep)
 

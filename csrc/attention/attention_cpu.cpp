@@ -18,6 +18,7 @@ struct Buffers {
   float* sums;    // [rows][kLanes]
   float* top;     // [rows]: the largest score so far
   Row* row;       // [rows]
+  Block* block;   // [rows / kRows]
   int64_t rows;   // up to a multiple of kRows
 };
 
@@ -35,6 +36,8 @@ Buffers split(const Attention& a, int64_t rows, float* workspace, int64_t* total
   b.sums = take(&next, b.rows * kLanes);
   b.top = take(&next, up(b.rows, kLanes));
   b.row = reinterpret_cast<Row*>(take(&next, b.rows * int64_t(sizeof(Row) / sizeof(float))));
+  b.block = reinterpret_cast<Block*>(
+      take(&next, b.rows / kRows * int64_t(sizeof(Block) / sizeof(float))));
   *total = next - workspace;
   return b;
 }
@@ -70,6 +73,8 @@ struct Forward {
     const Sequence& s = task.sequence;
     for (int64_t r = 0; r < count; ++r) {
       b.row[r] = row_at(a, s, head_of(r), place_of(r));
+      if (r % kRows == 0) b.block[r / kRows] = Block();
+      b.block[r / kRows].add(b.row[r]);
       b.top[r] = -kInfinity;
       store(b.sums + r * kLanes, Vec{});
       const Source<T> one =
@@ -144,24 +149,38 @@ struct Forward {
   }
 
   // probabilities of a row relative to `top`, and their sum
-  void exponentials(float* scores, float* packed, Columns c, float factor, float top, float* sums,
-                    const float* keep) {
-    Vec even{}, odd{};
-    for (unsigned column = c.begin; column < c.end; column += kPanel) {
-      float* at = scores + column / kPanel * kScorePanel;
-      Vec first = exp2<Unit>(load(at) * factor - top),
-          second = exp2<Unit>(load(at + kLanes) * factor - top);
-      even += first;
-      odd += second;
-      if (keep) {
-        first = first * load(keep + column);
-        second = second * load(keep + column + kLanes);
-      }
-      put(scores, packed, column, first, second);
-    }
-    store(sums, load(sums) + (even + odd));
+  struct Relative {
+    float factor, top;
+    const float* keep;  // of the dropout, or null
+  };
+  void exponentials(float* scores, float* packed, Columns c, const Relative& to, float* sums) {
+    Vec sum[2] = {};
+    unsigned column = c.begin;
+    for (; column + 2 * kPanel <= c.end; column += 2 * kPanel)
+      exponentials<2>(scores, packed, column, to, sum);
+    if (column < c.end) exponentials<1>(scores, packed, column, to, sum);
+    store(sums, load(sums) + (sum[0] + sum[1]));
   }
-  void put(float* scores, float* packed, unsigned column, Vec first, Vec second) {
+  template <int Panels>
+  __attribute__((always_inline)) void exponentials(float* scores, float* packed, unsigned column,
+                                                   const Relative& to, Vec (&sum)[2]) {
+    Vec x[2 * Panels];
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * Panels; ++i)
+      x[i] = load(scores + (column / kPanel + i / 2) * kScorePanel + i % 2 * kLanes) * to.factor -
+             to.top;
+    exp2<Unit>(x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * Panels; ++i) {
+      sum[i % 2] += x[i];
+      if (to.keep) x[i] = x[i] * load(to.keep + column + i * kLanes);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < Panels; ++i)
+      put(scores, packed, column + i * kPanel, x[2 * i], x[2 * i + 1]);
+  }
+  __attribute__((always_inline)) void put(float* scores, float* packed, unsigned column, Vec first,
+                                          Vec second) {
 #if defined(__AVX512F__)
     if constexpr (Unit::kDepth == 2) {
       const unsigned word = column / 2;
@@ -201,8 +220,8 @@ struct Forward {
     for (int64_t i = 0; i < rows; ++i) {
       float* sums = b.sums + (r0 + i) * kLanes;
       store(sums, load(sums) * factor[i]);
-      exponentials(scores + i * kPanel, packed + i * kPanel, c, extended || !c.full ? 1.f : raw,
-                   after[i], sums, dropped ? keep[i] : nullptr);
+      const Relative to{extended || !c.full ? 1.f : raw, after[i], dropped ? keep[i] : nullptr};
+      exponentials(scores + i * kPanel, packed + i * kPanel, c, to, sums);
     }
   }
 
@@ -264,7 +283,7 @@ struct Forward {
         int64_t number = 0, first = kTogether;  // from the first to the last block with keys here
         for (int64_t i = 0; i < kTogether && r0 + i * kRows < count; ++i) {
           const int64_t r = r0 + i * kRows;
-          columns[i] = columns_of(b.row + r, least(kRows, count - r), tile);
+          columns[i] = b.block[r / kRows].columns(b.row + r, least(kRows, count - r), tile);
           if (columns[i].empty()) continue;
           first = least(first, i);
           number = i + 1;

@@ -20,6 +20,7 @@ struct HeadBuffers {
   float *dout, *dout_across;
   float *base, *delta, *dlse;  // of each row; base: lse in base 2
   Row* row;
+  Block* block;
   int32_t *tile_low, *tile_high;  // keys that some row of a tile attends to
   int32_t* finite;                // whether q and dout are, for each tile
   int64_t rows;                   // padded
@@ -44,6 +45,8 @@ HeadBuffers head_buffers(const Attention& a, int64_t rows, float** next) {
   b.delta = take(next, b.rows);
   b.dlse = take(next, b.rows);
   b.row = reinterpret_cast<Row*>(take(next, b.rows * int64_t(sizeof(Row) / sizeof(float))));
+  b.block = reinterpret_cast<Block*>(
+      take(next, (b.rows / kRows + 1) * int64_t(sizeof(Block) / sizeof(float))));
   const int64_t tiles = b.rows / kQueries<Unit> + 1;
   b.tile_low = reinterpret_cast<int32_t*>(take(next, tiles));
   b.tile_high = reinterpret_cast<int32_t*>(take(next, tiles));
@@ -102,6 +105,8 @@ struct Gradients {
       h.tile_low[i] = int32_t(s.keys), h.tile_high[i] = 0;
       for (int64_t r = i * kRowsOfTile; r < i * kRowsOfTile + tile_rows(i); ++r) {
         start_row(r);
+        if (r % kRows == 0) h.block[r / kRows] = Block();
+        h.block[r / kRows].add(h.row[r]);
         if (h.row[r].high == 0) continue;
         h.tile_low[i] = int32_t(least(h.tile_low[i], h.row[r].low));
         h.tile_high[i] = int32_t(most(h.tile_high[i], h.row[r].high));
@@ -164,8 +169,9 @@ struct Gradients {
       const int64_t blocks = least(kTogether, (rows - r0 + kRows - 1) / kRows);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t at = r0 + b * kRows;
+        const int64_t row = i * kRowsOfTile + at;
         columns[at / kRows] =
-            columns_of(h.row + i * kRowsOfTile + at, least(kRows, rows - at), tile);
+            h.block[row / kRows].columns(h.row + row, least(kRows, rows - at), tile);
         prefetch(i + 1, at);
       }
       // a panel of keys serves several blocks of rows while it is in the first-level cache
@@ -246,17 +252,23 @@ struct Gradients {
     const float factor = a.scale * kLog2E, base = h.base[r], delta = h.delta[r];
     for (unsigned column = c.begin; column < c.end; column += kPanel) {
       const int64_t at = column / kPanel * kFloatPanel;
+      Vec x[2], y[2];
 #pragma GCC unroll 2
-      for (int v = 0; v < kPanel; v += kLanes) {
-        Vec x = exp2<Unit>(load(p + at + v) * factor - base);
-        Vec y = x * (load(ds + at + v) - delta);
+      for (int v = 0; v < 2; ++v) {
+        x[v] = load(p + at + v * kLanes) * factor - base;
+        y[v] = load(ds + at + v * kLanes) - delta;
+      }
+      exp2<Unit>(x);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        y[v] = x[v] * y[v];
         if (kMasked) {
-          const VecInt in = inside(column + v, low, high);
-          x = select(in, x, Vec{});
-          y = select(in, y, Vec{});
+          const VecInt in = inside(column + v * kLanes, low, high);
+          x[v] = select(in, x[v], Vec{});
+          y[v] = select(in, y[v], Vec{});
         }
-        store(p + at + v, x);
-        store(ds + at + v, y);
+        store(p + at + v * kLanes, x[v]);
+        store(ds + at + v * kLanes, y[v]);
       }
     }
   }
@@ -325,18 +337,20 @@ struct Gradients {
   void pair_of_rows(int64_t r, int64_t in_tile, bool two, Columns c) {
     const float factor = a.scale * kLog2E;
     for (unsigned column = c.begin; column < c.end; column += kPanel) {
-      Vec p[2][2] = {}, ds[2][2] = {};
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        if (i == 1 && !two) break;
-        const int64_t at = column / kPanel * kFloatPanel + (float_row(in_tile) + i) * kPanel;
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          p[i][v] = exp2<Unit>(load(t.p + at + v * kLanes) * factor - h.base[r + i]);
-          ds[i][v] = p[i][v] * (load(t.ds + at + v * kLanes) - h.delta[r + i]);
-        }
+      const int64_t at = column / kPanel * kFloatPanel + float_row(in_tile) * kPanel;
+      Vec x[4], y[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) x[i] = load(t.p + at + i * kLanes) * factor - h.base[r + i / 2];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) y[i] = load(t.ds + at + i * kLanes) - h.delta[r + i / 2];
+      exp2<Unit>(x);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        // a row behind the last adds nothing, whatever its memory holds
+        if (i >= 2 && !two) x[i] = y[i] = Vec{};
+        y[i] = x[i] * y[i];
       }
-      put_words(in_tile, column, p, ds);
+      put_words(in_tile, column, {{x[0], x[1]}, {x[2], x[3]}}, {{y[0], y[1]}, {y[2], y[3]}});
     }
   }
   // columns of a panel that no row of a block attends to

@@ -37,27 +37,40 @@ FASTLM_INLINE Vec larger(Vec a, Vec b) {
 
 // 2^x for x below 127; 0 below -126.5, NaN stays. Within 1 ulp by the Cephes polynomial (S.
 // Moshier); where the result is rounded to bfloat16, to 3e-6 by the best polynomial of degree 4.
+// Step by step for all of x: one chain after the other would wait for its own results.
+template <class Unit, int N>
+FASTLM_INLINE void exp2(Vec (&x)[N]) {
+  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kExact[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                              5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f};
+  constexpr float kShort[] = {9.582852921164207e-3f, 5.590642529180336e-2f, 2.402409861798226e-1f,
+                              6.931241933170389e-1f};
+  constexpr int kTerms = Unit::kDepth == 2 ? 4 : 6;
+  const float* term = Unit::kDepth == 2 ? kShort : kExact;
+  Vec shifted[N], p[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = larger(broadcast(-127.f), x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] + kMagic;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = x[i] - (shifted[i] - kMagic);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) p[i] = x[i] * term[0] + term[1];
+#pragma GCC unroll 6
+  for (int t = 2; t < kTerms; ++t) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + term[t];
+  }
+  // at -127 the exponent's bits are 0, and so is the result
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i)
+    x[i] = (p[i] * x[i] + 1.f) * (Vec)(((VecBits)shifted[i] << 23) + 0x3f800000);
+}
 template <class Unit = Singles>
 FASTLM_INLINE Vec exp2(Vec x) {
-  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = larger(broadcast(-127.f), x);
-  const Vec shifted = x + kMagic;
-  const Vec r = x - (shifted - kMagic);
-  Vec p;
-  if constexpr (Unit::kDepth == 2) {
-    p = r * 9.582852921164207e-3f + 5.590642529180336e-2f;
-    p = p * r + 2.402409861798226e-1f;
-    p = p * r + 6.931241933170389e-1f;
-  } else {
-    p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    p = p * r + 9.618437357674640e-3f;
-    p = p * r + 5.550332471162809e-2f;
-    p = p * r + 2.402264791363012e-1f;
-    p = p * r + 6.931472028550421e-1f;
-  }
-  p = p * r + 1.f;
-  // at -127 the exponent's bits are 0, and so is the result
-  return p * (Vec)(((VecBits)shifted << 23) + 0x3f800000);
+  Vec one[1] = {x};
+  exp2<Unit>(one);
+  return one[0];
 }
 
 // the largest lane, in every lane
@@ -132,6 +145,29 @@ FASTLM_INLINE Columns columns_of(const Row* rows, int64_t count, int64_t tile) {
   c.finish(rows, count, tile);
   return c;
 }
+
+// the keys of a block of rows: [low, high) of some row, [full_low, full_high) of all
+struct Block {
+  int32_t low = INT32_MAX, high = 0, full_low = 0, full_high = INT32_MAX;
+
+  void add(const Row& row) {
+    full_low = int32_t(most(full_low, row.low));
+    full_high = int32_t(least(full_high, row.high));
+    if (row.high == 0) return;
+    low = int32_t(least(low, row.low));
+    high = int32_t(most(high, row.high));
+  }
+  // `rows` are looked at only where some attend to a key that others do not
+  Columns columns(const Row* rows, int64_t count, int64_t tile) const {
+    if (low >= tile + kKeys || high <= tile) {
+      Columns none;
+      none.full = false;
+      return none;
+    }
+    if (full_low <= tile && full_high >= tile + kKeys) return {0, kKeys, true};
+    return columns_of(rows, count, tile);
+  }
+};
 
 // what the options add to one row, for its keys from `tile` on
 struct Extras {

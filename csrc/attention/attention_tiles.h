@@ -252,8 +252,7 @@ bool pack_rows(const Source<T>& s, float* to, int64_t panel) {
 
 // rows become columns: [rows / kPanel][words][kPanel]; columns behind the last row are 0
 template <class Unit, typename T>
-bool pack_transposed(const Source<T>& s, float* to) {
-  VecInt bad{};
+void pack_transposed(const Source<T>& s, float* to) {
   const int64_t depth = words<Unit>(s.size);
   for (int64_t r = 0; r < up(s.rows, kPanel); r += kLanes) {
     float* panel = to + r / kPanel * depth * kPanel + r % kPanel;
@@ -263,13 +262,11 @@ bool pack_transposed(const Source<T>& s, float* to) {
       for (int i = 0; i < kLanes; ++i) {
         block[i] =
             r + i < s.rows ? WordsOf::take(s.data + (r + i) * s.stride, c, s.size, Unit{}) : Vec{};
-        bad |= not_finite(block[i], Unit{});
       }
       transpose(block);
       for (int i = 0; i < least(kLanes, depth - c); ++i) store(panel + (c + i) * kPanel, block[i]);
     }
   }
-  return !any(bad);
 }
 
 // rows as panels of words across rows, the right operand of a sum over rows
