@@ -61,7 +61,7 @@ namespace {
 constexpr int kTile = int(kDecodeTile);
 constexpr int kChunk = int(kDecodeChunk);
 constexpr int kRow = kChunk + kLanes;  // floats between the scores of two rows
-constexpr int kAhead = 8;              // keys that are asked for before they are needed
+constexpr int kAhead = 16;             // keys that are asked for before they are needed
 
 // ---- sums over features and keys
 
@@ -86,41 +86,100 @@ FASTLM_INLINE Vec reduce_each(Vec (&block)[kLanes]) {
   return block[0];
 }
 
+// Two vectors of consecutive features. Those of bfloat16 come as its even and its odd ones: two
+// instructions for a whole register, where the natural order needs ten.
 template <typename T>
-FASTLM_INLINE void prefetch_row(const T* p, int64_t size) {
-  for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+FASTLM_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p), b = load(p + kLanes);
+}
+FASTLM_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
+  typedef uint32_t Unaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+  const VecBits both = *reinterpret_cast<const Unaligned*>(p);
+  a = (Vec)(both << 16), b = (Vec)(both & 0xffff0000u);
+}
+// feature of lane i of the pair
+template <typename T>
+constexpr int feature_of(int lane) {
+  return lane;
+}
+template <>
+constexpr int feature_of<BFloat16>(int lane) {
+  return lane < kLanes ? 2 * lane : 2 * (lane - kLanes) + 1;
+}
+template <typename T>
+FASTLM_INLINE void store_pair(float* p, Vec a, Vec b) {
+  float lanes[2 * kLanes];
+  store(lanes, a), store(lanes + kLanes, b);
+  for (int i = 0; i < 2 * kLanes; ++i) p[feature_of<T>(i)] = lanes[i];
 }
 
-// scores[r * kChunk + j] = q_r . k_j for keys [0, count), and up to kLanes more of any value;
-// q [R][padded], zero behind size
+// one row of queries as `dot_products` reads it: [padded], zero behind size
+template <typename T>
+FASTLM_INLINE void widen(const T* row, int64_t size, int64_t padded, float* q) {
+  const int64_t paired = size / (2 * kLanes) * (2 * kLanes);
+  for (int64_t d = 0; d < paired; d += 2 * kLanes)
+    for (int i = 0; i < 2 * kLanes; ++i) q[d + i] = to_float(row[d + feature_of<T>(i)]);
+  for (int64_t d = paired; d < padded; ++d) q[d] = d < size ? to_float(row[d]) : 0.f;
+}
+
+// asks for a row: for use soon, or later
+template <bool kSoon, typename T>
+FASTLM_INLINE void prefetch_row(const T* p, int64_t size) {
+  const char* line = reinterpret_cast<const char*>(p);
+  for (int64_t byte = 0; byte < size * int64_t(sizeof(T)); byte += 64) {
+    if (kSoon)
+      __builtin_prefetch(line + byte, 0, 3);
+    else
+      __builtin_prefetch(line + byte, 0, 2);
+  }
+}
+
+// what a tile of query rows reads of one chunk: offsets of its keys in k and in v
+template <typename T>
+struct Keys {
+  const T *k, *v;
+  const int64_t *k_places, *v_places;
+  int count;
+  bool first;  // no tile has read them yet
+};
+
+// scores[r * kRow + j] = q_r . k_j for keys [0, count), and up to kLanes more of any value
 template <typename T, int R>
-FASTLM_INLINE void dot_products(const float* q, int64_t padded, int64_t size, const T* k,
-                                const int64_t* places, int count, float* scores) {
+FASTLM_INLINE void dot_products(const float* q, int64_t padded, int64_t size, int64_t value_size,
+                                const Keys<T>& keys, float* scores) {
   constexpr int kKeys = kKeysOf<R>;
-  const int64_t full = size / kLanes * kLanes;
-  const int tail = int(size - full);
+  const int64_t paired = size / (2 * kLanes) * (2 * kLanes);
+  const int count = keys.count;
   for (int j = 0; j < count; j += kKeys) {
     const T* key[kKeys];
 #pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) key[i] = k + places[j + i < count ? j + i : count - 1];
-    for (int i = j + kAhead; i < j + kAhead + kKeys && i < count; ++i)
-      prefetch_row(k + places[i], size);
+    for (int i = 0; i < kKeys; ++i)
+      key[i] = keys.k + keys.k_places[j + i < count ? j + i : count - 1];
+    if (keys.first)
+      for (int i = j; i < j + kKeys && i < count; ++i) {
+        if (i + kAhead < count) prefetch_row<true>(keys.k + keys.k_places[i + kAhead], size);
+        prefetch_row<false>(keys.v + keys.v_places[i], value_size);
+      }
     Vec sums[kLanes] = {};
-    for (int64_t d = 0; d < full; d += kLanes) {
+    for (int64_t d = 0; d < paired; d += 2 * kLanes) {
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
-        const Vec x = load(key[i] + d);
+        Vec x, y;
+        load_pair(key[i] + d, x, y);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r * kKeys + i] += x * load(q + r * padded + d);
+        for (int r = 0; r < R; ++r) {
+          sums[r * kKeys + i] += x * load(q + r * padded + d);
+          sums[r * kKeys + i] += y * load(q + r * padded + d + kLanes);
+        }
       }
     }
-    if (tail) {
+    for (int64_t d = paired; d < size; d += kLanes) {
+      const int tail = int(size - d);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
-        const Vec x = load_first(key[i] + full, tail, 0.f);
+        const Vec x = tail < kLanes ? load_first(key[i] + d, tail, 0.f) : load(key[i] + d);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r * kKeys + i] += x * load(q + r * padded + full);
+        for (int r = 0; r < R; ++r) sums[r * kKeys + i] += x * load(q + r * padded + d);
       }
     }
     float each[kLanes];
@@ -132,49 +191,63 @@ FASTLM_INLINE void dot_products(const float* q, int64_t padded, int64_t size, co
   }
 }
 
-// out_r = sum_j p[r][j] * v_j over kVecs vectors of features, of the last one `lanes` lanes
-template <typename T, int R, int kVecs>
-FASTLM_INLINE void weighted_sum(const float* p, const T* v, const int64_t* places, int count,
-                                int lanes, float* out, int64_t out_row) {
-  Vec sums[R][kVecs] = {};
-  for (int j = 0; j < count; ++j) {
-    const T* value = v + places[j];
-    if (j + kAhead < count) {
-      const char* next = reinterpret_cast<const char*>(v + places[j + kAhead]);
-#pragma GCC unroll 16
-      for (int byte = 0; byte < kVecs * kLanes * int(sizeof(T)); byte += 64)
-        __builtin_prefetch(next + byte);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) {
-      const Vec x =
-          kVecs == 1 && lanes < kLanes ? load_first(value, lanes, 0.f) : load(value + i * kLanes);
+// out_r = sum_j p[r][j] * v_j over kPairs pairs of vectors of features from d on
+template <typename T, int R, int kPairs>
+FASTLM_INLINE void weighted_pairs(const float* p, const Keys<T>& keys, int64_t d, float* out,
+                                  int64_t out_row) {
+  Vec sums[R][2 * kPairs] = {};
+  for (int j = 0; j < keys.count; ++j) {
+    const T* value = keys.v + keys.v_places[j] + d;
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) {
+      Vec x, y;
+      load_pair(value + 2 * i * kLanes, x, y);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r][i] += p[r * kRow + j] * x;
+      for (int r = 0; r < R; ++r) {
+        sums[r][2 * i] += p[r * kRow + j] * x;
+        sums[r][2 * i + 1] += p[r * kRow + j] * y;
+      }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) {
-      if (kVecs == 1 && lanes < kLanes)
-        store_first(out + r * out_row, sums[r][i], lanes);
-      else
-        store(out + r * out_row + i * kLanes, sums[r][i]);
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i)
+      store_pair<T>(out + r * out_row + d + 2 * i * kLanes, sums[r][2 * i], sums[r][2 * i + 1]);
 }
 
+// the same over one vector of features, of which `lanes` lanes
 template <typename T, int R>
-FASTLM_INLINE void weighted_sums(const float* p, const T* v, const int64_t* places, int count,
-                                 int64_t size, float* out, int64_t out_row) {
-  // sums that fit in the registers: 32 of 16 lanes, 16 of fewer
-  constexpr int kVecs = (kLanes == 16 ? 16 : 8) / (R == 3 ? 4 : R);
-  int64_t d = 0;
-  for (; d + kVecs * kLanes <= size; d += kVecs * kLanes)
-    weighted_sum<T, R, kVecs>(p, v + d, places, count, kLanes, out + d, out_row);
-  for (; d < size; d += kLanes) {
-    const int lanes = int(size - d < kLanes ? size - d : kLanes);
-    weighted_sum<T, R, 1>(p, v + d, places, count, lanes, out + d, out_row);
+FASTLM_INLINE void weighted_lanes(const float* p, const Keys<T>& keys, int64_t d, int lanes,
+                                  float* out, int64_t out_row) {
+  Vec sums[R] = {};
+  for (int j = 0; j < keys.count; ++j) {
+    const T* value = keys.v + keys.v_places[j] + d;
+    const Vec x = lanes < kLanes ? load_first(value, lanes, 0.f) : load(value);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[r] += p[r * kRow + j] * x;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    if (lanes < kLanes)
+      store_first(out + r * out_row + d, sums[r], lanes);
+    else
+      store(out + r * out_row + d, sums[r]);
+  }
+}
+
+template <typename T, int R, int kPairs>
+FASTLM_INLINE void weighted_sums(const float* p, const Keys<T>& keys, int64_t d, int64_t size,
+                                 float* out, int64_t out_row) {
+  for (; d + 2 * kPairs * kLanes <= size; d += 2 * kPairs * kLanes)
+    weighted_pairs<T, R, kPairs>(p, keys, d, out, out_row);
+  if constexpr (kPairs > 1) {
+    weighted_sums<T, R, kPairs / 2>(p, keys, d, size, out, out_row);
+  } else {
+    for (; d < size; d += kLanes) {
+      const int lanes = int(size - d < kLanes ? size - d : kLanes);
+      weighted_lanes<T, R>(p, keys, d, lanes, out, out_row);
+    }
   }
 }
 
@@ -283,17 +356,20 @@ __attribute__((noinline)) void rows_of(const DecodeAttention& a, const Tile& til
     const int64_t m = tile.first + r, head = tile.hk * a.group() + m % a.group();
     const T* row =
         static_cast<const T*>(a.q) + tile.b * a.q_batch + m / a.group() * a.q_row + head * a.q_head;
-    for (int64_t d = 0; d < padded; ++d) q[r * padded + d] = d < a.size ? to_float(row[d]) : 0.f;
+    widen(row, a.size, padded, q + r * padded);
   }
   float scores[R * kRow];
   const T* k = static_cast<const T*>(a.k.data) + tile.hk * a.k.head;
-  dot_products<T, R>(q, padded, a.size, k, places.k + skip, count, scores);
+  const T* v = static_cast<const T*>(a.v.data) + tile.hk * a.v.head;
+  const Keys<T> keys = {k, v, places.k + skip, places.v + skip, count, tile.first == 0};
+  dot_products<T, R>(q, padded, a.size, a.value_size, keys, scores);
   for (int r = 0; r < R; ++r) {
     float* ends = partial + r * width + a.value_size;
     softmax_row(a, tile, tile.first + r, begin, count, scores + r * kRow, ends, ends + 1);
   }
-  const T* v = static_cast<const T*>(a.v.data) + tile.hk * a.v.head;
-  weighted_sums<T, R>(scores, v, places.v + skip, count, a.value_size, partial, width);
+  // sums that fit in the registers: 32 of 16 lanes, 16 of fewer
+  constexpr int kPairs = (kLanes == 16 ? 8 : 4) / (R == 3 ? 4 : R);
+  weighted_sums<T, R, kPairs>(scores, keys, 0, a.value_size, partial, width);
 }
 
 template <typename T>

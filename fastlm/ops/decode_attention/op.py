@@ -83,6 +83,9 @@ def _reference_append(
     return reference.forward(q, k_cache, v_cache, total, options)
 
 
+_RAW: Any = None if extension.unavailable else extension.raw("decode_attention")
+
+
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -117,9 +120,7 @@ def _cpu_both(
         _floats(sink),
         *numbers[:-1],
     )
-    done = extension.raw("decode_attention")(
-        _last_contiguous(q), k_cache, v_cache, k_new, v_new, *given, out, lse
-    )
+    done = _RAW(_last_contiguous(q), k_cache, v_cache, k_new, v_new, *given, out, lse)
     if not done:
         count = 0 if k_new is None else k_new.shape[1]
         arguments.check_values(k_cache, count, lengths, table, row, pad)
@@ -238,14 +239,16 @@ def decode_attention(
     q, k_new, v_new = _four_dims(q), _four_dims(k_new), _four_dims(v_new)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": k_new, "v_new": v_new}
     arguments.check_gradient({**tensors, "sink": sink, "alibi_slopes": alibi_slopes})
-    q, k_new, v_new = arguments.check_floats(tensors)
-    arguments.check_shapes(
-        q, k_cache, v_cache, block_table is not None, cache_batch_idx is not None
-    )
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    arguments.check_integers(cache_seqlens, block_table, cache_batch_idx, cache_leftpad, q)
-    arguments.check_options(q, alibi_slopes, sink, softcap, num_splits)
+    more = (block_table, k_new, v_new, sink, alibi_slopes, cache_batch_idx, cache_leftpad)
+    bare = num_splits is None and softcap == 0 and all(x is None for x in more)
+    if not (bare and arguments.usual(q, k_cache, v_cache, cache_seqlens)):
+        q, k_new, v_new = arguments.check_floats(tensors)
+        indexed = cache_batch_idx is not None
+        arguments.check_shapes(q, k_cache, v_cache, block_table is not None, indexed)
+        if isinstance(cache_seqlens, int):
+            cache_seqlens = q.new_full(q.shape[:1], cache_seqlens, dtype=torch.int32)
+        arguments.check_integers(cache_seqlens, block_table, cache_batch_idx, cache_leftpad, q)
+        arguments.check_options(q, alibi_slopes, sink, softcap, num_splits)
     left, right = arguments.band(window, causal)
     shared = (
         cache_seqlens,
