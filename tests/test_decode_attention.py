@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,6 +401,53 @@ def test_a_head_too_large_for_the_kernel():
     check(Cache([5], sizes=(1025, 4), heads=(1, 1)))
     if "cpu" in BACKENDS:
         check(Cache([5], sizes=(1024, 1030), heads=(1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_of_a_half(dtype):
+    """One key: out is its value to the bit, subnormal and infinite ones included."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    v = bits.view(dtype).view(256, 1, 1, 256)
+    q, k = torch.zeros(256, 1, 1, 8, dtype=dtype), torch.zeros(256, 1, 1, 8, dtype=dtype)
+    out = fastlm.decode_attention(q, k, v, 1)
+    assert bool(((out == v) | (out.isnan() & v.isnan())).all())
+    # and in queries and keys: a score decides which of two values is seen
+    x = torch.randn(64, 1, 1, 40).to(dtype) * 1e-3
+    lse = fastlm.decode_attention(x, x, x, 1, scale=1e4, return_lse=True)[1]
+    torch.testing.assert_close(lse[:, 0, 0], x.float().square().sum((1, 2, 3)) * 1e4)
+
+
+ISA_SCRIPT = """
+import sys; sys.path.insert(0, "tests")
+import torch, fastlm, test_decode_attention as t
+from fastlm import extension
+try: extension.cpu_isa()
+except RuntimeError as e: print("absent", e); raise SystemExit
+torch.manual_seed(0)
+with fastlm.use_backend("cpu"):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for rows in (1, 2, 3, 4, 19):
+            for heads in ((1, 1), (4, 2), (7, 1)):
+                for sizes in ((8, 5), (40, 80), (128, 256), (33, 59)):
+                    given = {"rows": rows, "heads": heads, "sizes": sizes, "dtype": dtype}
+                    t.check(t.Cache([0, 300, 9], rows, **given))
+        if dtype != torch.float32: t.test_every_value_of_a_half(dtype)
+print(extension.cpu_isa())
+"""
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library is not built")
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "FASTLM_CPU_ISA": isa, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", ISA_SCRIPT], cwd=root, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("absent"):
+        pytest.skip(done.stdout)
+    assert done.stdout.strip() == isa
 
 
 def test_batch_of_no_rows_and_no_queries():

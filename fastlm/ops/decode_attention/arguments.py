@@ -31,13 +31,18 @@ def _per_head(what: str, value: Any, q: Tensor, batched: bool) -> None:
         checks.bad_value(_OP, what, expected, list(value.shape))
 
 
-def usual(q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any) -> bool:
+def usual(q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any, *new: Any) -> bool:
     """Whether the checks below find nothing in a call with these tensors alone.
 
     They take as long as the attention over a short cache, and this a third of it.
     """
     if not (type(q) is type(k_cache) is type(v_cache) is type(cache_seqlens) is Tensor):
         return False
+    for x in new:
+        if x is not None and (
+            type(x) is not Tensor or x.dtype != q.dtype or x.device != q.device or x.dim() != 4
+        ):
+            return False
     shape, keys, values, dtype, device = q.shape, k_cache.shape, v_cache.shape, q.dtype, q.device
     return (
         len(shape) == len(keys) == len(values) == 4

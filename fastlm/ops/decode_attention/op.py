@@ -239,9 +239,13 @@ def decode_attention(
     q, k_new, v_new = _four_dims(q), _four_dims(k_new), _four_dims(v_new)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": k_new, "v_new": v_new}
     arguments.check_gradient({**tensors, "sink": sink, "alibi_slopes": alibi_slopes})
-    more = (block_table, k_new, v_new, sink, alibi_slopes, cache_batch_idx, cache_leftpad)
-    bare = num_splits is None and softcap == 0 and all(x is None for x in more)
-    if not (bare and arguments.usual(q, k_cache, v_cache, cache_seqlens)):
+    plain = block_table is cache_batch_idx is cache_leftpad is alibi_slopes is sink is num_splits
+    if not (
+        plain
+        and num_splits is None
+        and softcap == 0
+        and arguments.usual(q, k_cache, v_cache, cache_seqlens, k_new, v_new)
+    ):
         q, k_new, v_new = arguments.check_floats(tensors)
         indexed = cache_batch_idx is not None
         arguments.check_shapes(q, k_cache, v_cache, block_table is not None, indexed)
