@@ -1,4 +1,4 @@
-"""fastlm.compat.flash_attn: the functions of FlashAttention-2, against the definition written out."""
+"""fastlm.compat.flash_attn: the functions of FlashAttention-2, against their definition."""
 
 from __future__ import annotations
 
@@ -83,8 +83,7 @@ def each(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, **option
     """Every sequence alone, and zeros behind the last one."""
     causal, window = options.pop("causal", False), options.pop("window", (-1, -1))
     q_parts, k_parts, v_parts = (
-        x[: sum(n)].split(n)
-        for x, n in ((q, LENGTHS_Q), (k, LENGTHS_K), (v, LENGTHS_K))
+        x[: sum(n)].split(n) for x, n in ((q, LENGTHS_Q), (k, LENGTHS_K), (v, LENGTHS_K))
     )
     outs, lses = [], []
     for i, part in enumerate(zip(q_parts, k_parts, v_parts, strict=True)):
@@ -252,35 +251,25 @@ def test_softcap_below_zero_is_off_and_deterministic_changes_nothing():
     assert torch.equal(flash_attn.flash_attn_func(q, k, v, softcap=-1.0, deterministic=True), want)
 
 
+Q, N = torch.zeros(2, 5, 4, 8), starts(2, 3)
+AS_INT32 = r"cu_seqlens_q must be int32, got int64; call .int\(\) once per batch"
+TWO = (Q[0], Q[0], Q[0], N.long(), N, 5, 5)
+PAGES = r"k must be \[\*, \*, \*, \*\] \(\[blocks, page, H, D\] with a block_table\)"
+
+
 @pytest.mark.parametrize(
-    "call, error, message",
+    "name, args, options, error, message",
     [
-        (lambda q, n: flash_attn.flash_attn_qkvpacked_func(q), ValueError, r"qkv must be \[\*, \*, 3"),
-        (lambda q, n: flash_attn.flash_attn_kvpacked_func(q, q), ValueError, r"kv must be \[\*, \*, 2"),
-        (
-            lambda q, n: flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], n.long(), n, 5, 5),
-            TypeError,
-            r"cu_seqlens_q must be int32, got int64; call .int\(\) once per batch",
-        ),
-        (
-            lambda q, n: flash_attn.flash_attn_varlen_func(
-                q[0], q[0], q[0], n.long(), n, 5, 5, alibi_slopes=torch.rand(2, 4)
-            ),
-            TypeError,
-            r"cu_seqlens_q must be int32, got int64; call .int\(\) once per batch",
-        ),
-        (
-            lambda q, n: flash_attn.flash_attn_varlen_func(
-                q[0], q[0], q[0], n, n, 5, 5, block_table=n[None]
-            ),
-            ValueError,
-            r"k must be \[\*, \*, \*, \*\] \(\[blocks, page, H, D\] with a block_table\)",
-        ),
+        ("qkvpacked", (Q,), {}, ValueError, r"qkv must be \[\*, \*, 3, \*, \*\]"),
+        ("kvpacked", (Q, Q), {}, ValueError, r"kv must be \[\*, \*, 2, \*, \*\]"),
+        ("varlen", TWO, {}, TypeError, AS_INT32),
+        ("varlen", TWO, {"alibi_slopes": torch.rand(2, 4)}, TypeError, AS_INT32),
+        ("varlen", (*TWO[:3], N, N, 5, 5), {"block_table": N[None]}, ValueError, PAGES),
     ],
-)  # fmt: skip
-def test_rejects(call, error, message):
+)
+def test_rejects(name, args, options, error, message):
     with pytest.raises(error, match=message):
-        call(torch.zeros(2, 5, 4, 8), starts(2, 3))
+        getattr(flash_attn, f"flash_attn_{name}_func")(*args, **options)
 
 
 def test_compiles_as_one_graph():

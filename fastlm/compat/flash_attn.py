@@ -5,8 +5,8 @@ right, a negative window side or a softcap <= 0 is no limit, and the lse of a qu
 nothing is +inf (its output is 0). Any device, head size and float dtype goes, and softcap together
 with dropout. What differs, where FlashAttention-2 computes or promises less:
 - the sums are always deterministic; `deterministic` changes nothing;
-- `softmax_lse` and `alibi_slopes` pass gradients; with causal and ALiBi together lse has the bias of
-  the documentation, -slope * distance, not one shifted by a constant per row;
+- `softmax_lse` and `alibi_slopes` pass gradients; with causal and ALiBi together lse has the bias
+  that is documented, -slope * distance, not one shifted by a constant per row;
 - rows behind the last sequence give 0, and lse +inf, instead of what the memory held;
 - with a `block_table` the pages pass gradients, and may be of any size;
 - S_dmask [B, H, Sq, Sk] holds probabilities, negative where dropped, and is not padded;
@@ -67,7 +67,9 @@ def _signed(q: Tensor, k: Tensor, identity: Tensor, options: dict[str, Any]) -> 
     return torch.where((kept == 0) & (whole > 0), -whole, whole)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_attn_probs: bool) -> Out:
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_attn_probs: bool
+) -> Out:
     if not return_attn_probs:
         out = attention(q, k, v, **options)
         assert isinstance(out, Tensor)
@@ -113,7 +115,7 @@ def _unpacked(
     """
     rows, row_there = _right_aligned(starts[0], longest[0], q.shape[0])
     keys, key_there = _right_aligned(starts[1], longest[1], k.shape[0])
-    dense = [x[index] for x, index in ((q, rows), (k, keys), (v, keys))]
+    dense = (q[rows], k[keys], v[keys])
     lo = (longest[1] - key_there.sum(-1, keepdim=True)).expand(rows.shape)
     hi = torch.where(row_there, longest[1], 0)
     within = AttnMask.intervals(lo, hi)
@@ -187,7 +189,10 @@ def _varlen(
     drop = options["dropout_p"] > 0 and return_attn_probs
     slopes = options["alibi_slopes"]
     if drop or (slopes is not None and slopes.dim() == 2 and slopes.shape[0] > 1):
-        starts = (_starts("cu_seqlens_q", cu_seqlens_q, q), _starts("cu_seqlens_k", cu_seqlens_k, q))
+        starts = (
+            _starts("cu_seqlens_q", cu_seqlens_q, q),
+            _starts("cu_seqlens_k", cu_seqlens_k, q),
+        )
         out, lse, probs = _unpacked(q, k, v, starts, longest, options)
     else:
         found = attention(
@@ -242,7 +247,8 @@ def flash_attn_kvpacked_func(
     """As `flash_attn_func`, with k and v in one tensor [B, Sk, 2, Hk, D]."""
     checks.shape("flash_attn", "kv", kv, (None, None, 2, None, None))
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _dense(q, *kv.unbind(2), options, return_attn_probs)
+    k, v = kv.unbind(2)
+    return _dense(q, k, v, options, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -253,7 +259,8 @@ def flash_attn_qkvpacked_func(
     """As `flash_attn_func`, with q, k and v in one tensor [B, S, 3, H, D]."""
     checks.shape("flash_attn", "qkv", qkv, (None, None, 3, None, None))
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _dense(*qkv.unbind(2), options, return_attn_probs)
+    q, k, v = qkv.unbind(2)
+    return _dense(q, k, v, options, return_attn_probs)
 
 
 def flash_attn_varlen_func(

@@ -12,7 +12,9 @@ Rows that attend to nothing give 0 and pass no gradient, as in PyTorch.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +37,14 @@ _KERNELS = ("cuda", "triton", "cpu")
 @dataclass
 class Masks:
     """What forbids keys: all of `keep` ([B|1, H|1, Sq|1, Sk|1], True stays) and `alignment`
-    ("top_left", "bottom_right" or None: not causal); `bias` of the same shapes is added."""
+    ("top_left", "bottom_right" or None: not causal); `bias` of the same shapes is added. With an
+    `AttnMask` or a window the call is always ours."""
 
     keep: list[Tensor] = field(default_factory=list)
     bias: Tensor | None = None
     alignment: str | None = None
+    mask: AttnMask | None = None
+    window: tuple[int | None, int | None] | None = None
 
 
 def tracing() -> bool:
@@ -64,7 +69,7 @@ def ordinary(*tensors: Any) -> bool:
 
 def kernel_takes(q: Tensor, k: Tensor, v: Tensor, masks: Masks, runs: bool, drop: bool) -> bool:
     """Whether a kernel of ours would run this call; q, k, v are [B, S, H, D]."""
-    if dispatch.forced() is not None:
+    if dispatch.forced() is not None or masks.mask is not None or masks.window is not None:
         return True
     rows = q.shape[1]
     square = rows == k.shape[1]
@@ -114,24 +119,23 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, masks: Masks, dropout_p: float, scale: float | None
 ) -> Tensor | None:
     """[B, S, H, D] -> [B, Sq, H, Dv] by a kernel of ours; None where none of them takes it."""
-    mask: AttnMask | None = None
+    terms: list[AttnMask] = [] if masks.mask is None else [masks.mask]
     if masks.alignment is not None:
-        mask = AttnMask.causal("bottom_right" if q.shape[1] == k.shape[1] else masks.alignment)
-    drop = dropout_p > 0
-    bias = masks.bias
-    if masks.keep:
-        found: list[AttnMask | None] = [None]
-        if _worth_a_look(masks.keep, q, k.shape[1]) and kernel_takes(q, k, v, masks, True, drop):
-            found = [_runs_of(keep, q.shape[1], k.shape[1]) for keep in masks.keep]
-        if None in found:
-            if not kernel_takes(q, k, v, masks, False, drop):
-                return None
-            bias = as_bias(masks, q.dtype)
-        for runs in found if None not in found else ():
-            mask = runs if mask is None or runs is None else mask & runs
+        square = q.shape[1] == k.shape[1]
+        terms.append(AttnMask.causal("bottom_right" if square else masks.alignment))
+    drop, bias, runs = dropout_p > 0, masks.bias, None
+    if masks.keep and _worth_a_look(masks.keep, q, k.shape[1]):
+        if kernel_takes(q, k, v, masks, True, drop):
+            runs = [_runs_of(keep, q.shape[1], k.shape[1]) for keep in masks.keep]
+    if runs is not None and all(runs):
+        terms += [term for term in runs if term is not None]
     elif not kernel_takes(q, k, v, masks, False, drop):
         return None
-    out = attention(q, k, v, mask=mask, scale=scale, bias=bias, dropout_p=dropout_p)
+    else:
+        bias = as_bias(masks, q.dtype)
+    mask = functools.reduce(operator.and_, terms) if terms else None
+    window = masks.window
+    out = attention(q, k, v, mask=mask, scale=scale, window=window, bias=bias, dropout_p=dropout_p)
     assert isinstance(out, Tensor)
     return out
 
