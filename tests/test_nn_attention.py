@@ -72,6 +72,22 @@ def same(ours: Any, theirs: Any, args: list[Any], **options: Any) -> None:
     testing.check(call(ours), call(theirs), values)
 
 
+def equal(ours: Any, theirs: Any, args: list[Tensor], **options: Any) -> None:
+    """The same in float64: outputs, weights and all gradients."""
+    found = []
+    for module in (ours.double(), theirs.double()):
+        leaves = [x.double().requires_grad_() for x in args]
+        given = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in options.items()
+        }
+        out = [x for x in module(*leaves, **given) if x is not None]
+        every = [*leaves, *module.parameters()]
+        upstream = [x.detach().cos() for x in out]
+        found.append([*out, *torch.autograd.grad(out, every, upstream, allow_unused=True)])
+    torch.testing.assert_close(*found)
+
+
 INFO = torch_modules.ModuleInfo(
     fastlm.nn.MultiheadAttention,
     train_and_eval_differ=True,
@@ -189,8 +205,8 @@ def test_masks(backend: str | None, which: int, extra: Any) -> None:
     ours, theirs = pair(8, 2, batch_first=True, **extra)
     with fastlm.use_backend(backend):
         masks = masks_of(5, 7, 3, 2)[which]
-        same(ours, theirs, inputs(ours), need_weights=False, **masks)
-        same(ours, theirs, inputs(ours), average_attn_weights=which % 2 == 0, **masks)
+        equal(ours, theirs, inputs(ours), need_weights=False, **masks)
+        equal(ours, theirs, inputs(ours), average_attn_weights=which % 2 == 0, **masks)
 
 
 @both("backend", [None, "reference"])
@@ -198,13 +214,13 @@ def test_masks(backend: str | None, which: int, extra: Any) -> None:
 def test_causal_hint(backend: str | None, padded: bool) -> None:
     """The hint stands for the mask, and the mask counts where there is padding or weights."""
     ours, theirs = pair(8, 4, batch_first=True)
-    x = torch.randn(3, 6, 8)
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(6)
     padding = torch.zeros(3, 6).masked_fill(torch.arange(6) > 3, -math.inf) if padded else None
     with fastlm.use_backend(backend):
         for weights in (False, True):
             options = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": True}
-            same(ours, theirs, [x, x, x], need_weights=weights, **options)
+            equal(ours, theirs, [x, x, x], need_weights=weights, **options)
             with pytest.raises(
                 RuntimeError, match="Need attn_mask if specifying the is_causal hint"
             ):
@@ -453,7 +469,7 @@ def test_packed_sequences() -> None:
             torch.testing.assert_close(got[a:b], want)
     with pytest.raises(ValueError, match="need_weights must be False"):
         ours(x, x, x, cu_seqlens=starts)
-    with pytest.raises(ValueError, match=r"query must be \[11, 8\] \(\[T, E\]\), got \[1, 11, 8\]"):
+    with pytest.raises(ValueError, match=r"query must be \[\*, 8\] \(\[T, E\]\), got \[1, 11, 8\]"):
         ours(x[None], x, x, need_weights=False, cu_seqlens=starts)
 
 

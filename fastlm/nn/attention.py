@@ -313,7 +313,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         for what, x, size in (
             ("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)
         ):  # fmt: skip
-            checks.shape("nn.MultiheadAttention", what, x, (query.shape[0], size), "[T, E]")
+            rows = None if x is query else query.shape[0]
+            checks.shape("nn.MultiheadAttention", what, x, (rows, size), "[T, E]")
         q, k, v = (x[0] for x in self._project(query, key, value))
         if is_causal:
             mask = AttnMask.causal() if mask is None else mask & AttnMask.causal()
