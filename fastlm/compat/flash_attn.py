@@ -24,6 +24,17 @@ import torch
 from torch import Tensor
 
 from .. import AttnMask, attention, checks
+from .flash_attn_kvcache import flash_attn_with_kvcache
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 Out = Tensor | tuple[Tensor, Tensor, Tensor]
 Window = tuple[int, int]
@@ -326,11 +337,3 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = qkv.unbind(1)
     longest = (max_seqlen, max_seqlen)
     return _varlen(q, k, v, cu_seqlens, cu_seqlens, longest, options, return_attn_probs)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "flash_attn_with_kvcache":
-        from .flash_attn_kvcache import flash_attn_with_kvcache
-
-        return flash_attn_with_kvcache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
