@@ -207,15 +207,16 @@ def _called(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
     is_causal: bool, scale: float | None, enable_gqa: bool,
 ) -> Tensor | None:  # fmt: skip
-    rows, keys = (x.shape[-2] if x.dim() > 1 else 0 for x in (query, key))
+    if not ordinary(query, key, value) or query.dim() < 2 or key.dim() < 2:
+        return None
+    rows, keys = query.shape[-2], key.shape[-2]
     alignment = _bias_of_torch(attn_mask, rows, keys)
     if alignment is not None and not is_causal:
         attn_mask = None
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if not ordinary(*given) or not 0.0 <= dropout_p <= 1.0:
+    if attn_mask is not None and not ordinary(query, attn_mask):
         return None
-    dtypes = {x.dtype for x in given[:3]}
-    if len(dtypes) > 1 or not dtypes <= set(checks.FLOATS):
+    dtypes = {x.dtype for x in (query, key, value)}
+    if len(dtypes) > 1 or not dtypes <= set(checks.FLOATS) or not 0.0 <= dropout_p <= 1.0:
         return None
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return None
