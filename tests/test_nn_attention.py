@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from backends import on_backends
 from test_nn_gru_torch import strided_variants, torch_modules
 from torch import Tensor, nn
 from torch.testing._internal.common_utils import gradcheck
 
 import fastlm
-from fastlm import AttnMask, testing
-from fastlm.dispatch import ready
+from fastlm import AttnMask, dispatch, testing
 
-BACKENDS = (None, *ready("attention"))
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+BACKENDS = (None, *dispatch.ready("attention"))
+every_backend = on_backends(*BACKENDS)
 both = pytest.mark.parametrize
 
 
@@ -73,12 +73,12 @@ def same(ours: Any, theirs: Any, args: list[Any], **options: Any) -> None:
 
 
 def equal(ours: Any, theirs: Any, args: list[Tensor], **options: Any) -> None:
-    """The same in float64: outputs, weights and all gradients."""
-    found = []
-    for module in (ours.double(), theirs.double()):
-        leaves = [x.double().requires_grad_() for x in args]
+    """Outputs, weights and all gradients, in float64, or float32 on a backend without it."""
+    found, dtype = [], torch.float64 if dispatch.forced() in (None, "reference") else torch.float32
+    for module in (ours.to(dtype), theirs.to(dtype)):
+        leaves = [x.to(dtype).requires_grad_() for x in args]
         given = {
-            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in options.items()
         }
         out = [x for x in module(*leaves, **given) if x is not None]
