@@ -194,9 +194,41 @@ def test_goes_to_torch_where_no_kernel_takes_it(monkeypatch):
     torch.testing.assert_close(sdpa(q, k, v, mask), theirs(q, k, v, mask))
     assert not calls
     monkeypatch.setattr(dispatch, "preferred", lambda *a: "cpu")
+    torch.testing.assert_close(sdpa(q, k, v), theirs(q, k, v))  # too small to gain
+    assert not calls
+    q, k, v = tensors((2, 8, 300, 64), (2, 8, 400, 64), (2, 8, 400, 64))
     with pytest.raises(AssertionError):
         sdpa(q, k, v)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["full", "causal", "runs", "scattered", "padding", "float"])
+def test_large_calls_by_the_usual_choice(dtype, name, poisoned):
+    """Large enough for a kernel of ours, where there is one."""
+    q, k, v = tensors((2, 4, 300, 64), (2, 4, 310, 64), (2, 4, 310, 64), dtype=dtype)
+    place = torch.arange(310)
+    options: dict[str, Any] = {
+        "full": {},
+        "causal": {"is_causal": True},
+        "runs": {"attn_mask": torch.ones(300, 310, dtype=torch.bool).tril(5).triu(-70)},
+        "scattered": {"attn_mask": torch.rand(300, 310) < 0.6},
+        "padding": {"attn_mask": (place < torch.tensor([310, 11])[:, None])[:, None, None]},
+        "float": {"attn_mask": torch.randn(300, 310)},
+    }[name]
+    options = {
+        n: m.to(dtype) if m is not True and m.dtype == torch.float32 else m
+        for n, m in options.items()
+    }
+    ours = lambda *a: sdpa(*a, **options)  # noqa: E731
+    exact = {
+        n: m.double() if m is not True and m.is_floating_point() else m for n, m in options.items()
+    }
+
+    def plain(*args: Tensor) -> Tensor:
+        return theirs(*args, **(exact if args[0].dtype == torch.float64 else options))
+
+    testing.check(ours, plain, [q, k, v])
 
 
 @every_backend

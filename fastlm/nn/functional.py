@@ -2,8 +2,8 @@
 
 Contract: a call goes to `fastlm.attention` where a compiled kernel of fastlm takes it, and else to
 PyTorch's own function: where only `reference` or PyTorch's own kernel would run, on a GPU until its
-kernels are proven, for nested tensors, tensor subclasses and torch.func, and for every call that
-PyTorch answers with an error. Inside `use_backend` it goes to that backend of `fastlm.attention`.
+kernels are proven, for calls on the CPU too small to gain, for nested tensors, tensor subclasses and
+torch.func, and for every call that PyTorch answers with an error. Inside `use_backend` it goes to that backend of `fastlm.attention`.
 A boolean mask whose rows are runs of keys costs 16 bytes a row there and skips what it forbids. To
 find that out on the CPU costs about as much as turning the mask into a bias; it is done where the
 mask covers at least four (batch, head) pairs, outside a trace. Else a mask becomes a bias.
@@ -32,6 +32,10 @@ _SHARED_BY = 4
 # rows looked at first: a mask of another kind is told by them
 _SAMPLED = 16
 _KERNELS = ("cuda", "triton", "cpu")
+# log2 of the multiply-adds from which on a call is worth ours, in the order: without and with
+# boolean masks, without and with gradient. By 4-byte and 2-byte elements; AMD EPYC (Zen 5,
+# AVX-512), 2 cores, 2026-11: a call costs 0.1 ms more than PyTorch's, 0.3 ms with such a mask
+_LEAST = {4: (24, 24, 26, 25), 2: (22, 22, 25, 23)}
 
 
 @dataclass
@@ -67,10 +71,22 @@ def ordinary(*tensors: Any) -> bool:
     )
 
 
+def large_enough(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> bool:
+    """Of calls on the CPU: smaller ones are PyTorch's."""
+    least = _LEAST.get(q.element_size())
+    if least is None or q.device.type != "cpu":
+        return True
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * (q.shape[3] + v.shape[3])
+    return work >= 1 << least[2 * masked + trained]
+
+
 def kernel_takes(q: Tensor, k: Tensor, v: Tensor, masks: Masks, runs: bool, drop: bool) -> bool:
     """Whether a kernel of ours would run this call; q, k, v are [B, S, H, D]."""
     if dispatch.forced() is not None or masks.mask is not None or masks.window is not None:
         return True
+    if not large_enough(q, k, v, bool(masks.keep)):
+        return False
     rows = q.shape[1]
     square = rows == k.shape[1]
     banded = masks.alignment is not None and (square or masks.alignment == "bottom_right")
