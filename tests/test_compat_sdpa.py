@@ -216,19 +216,16 @@ def test_large_calls_by_the_usual_choice(dtype, name, poisoned):
         "padding": {"attn_mask": (place < torch.tensor([310, 11])[:, None])[:, None, None]},
         "float": {"attn_mask": torch.randn(300, 310)},
     }[name]
-    options = {
-        n: m.to(dtype) if m is not True and m.dtype == torch.float32 else m
-        for n, m in options.items()
-    }
-    ours = lambda *a: sdpa(*a, **options)  # noqa: E731
-    exact = {
-        n: m.double() if m is not True and m.is_floating_point() else m for n, m in options.items()
-    }
+    floats = options["attn_mask"] if name == "float" else None
 
-    def plain(*args: Tensor) -> Tensor:
-        return theirs(*args, **(exact if args[0].dtype == torch.float64 else options))
+    def call(function: Any) -> Any:
+        def run(*args: Tensor) -> Tensor:
+            mask = {} if floats is None else {"attn_mask": floats.to(args[0].dtype)}
+            return function(*args, **(options | mask))
 
-    testing.check(ours, plain, [q, k, v])
+        return run
+
+    testing.check(call(sdpa), call(theirs), [q, k, v])
 
 
 @every_backend

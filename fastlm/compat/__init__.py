@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("flash_attn", "hf")
+_MODULES = ("flash_attn",)
 
 
 def __getattr__(name: str) -> Any:

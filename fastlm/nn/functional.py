@@ -2,8 +2,9 @@
 
 Contract: a call goes to `fastlm.attention` where a compiled kernel of fastlm takes it, and else to
 PyTorch's own function: where only `reference` or PyTorch's own kernel would run, on a GPU until its
-kernels are proven, for calls on the CPU too small to gain, for nested tensors, tensor subclasses and
-torch.func, and for every call that PyTorch answers with an error. Inside `use_backend` it goes to that backend of `fastlm.attention`.
+kernels are proven, for calls on the CPU too small to gain, for nested tensors, tensor subclasses
+and torch.func, and for every call that PyTorch answers with an error. Inside `use_backend` it goes
+to that backend of `fastlm.attention`.
 A boolean mask whose rows are runs of keys costs 16 bytes a row there and skips what it forbids. To
 find that out on the CPU costs about as much as turning the mask into a bias; it is done where the
 mask covers at least four (batch, head) pairs, outside a trace. Else a mask becomes a bias.
