@@ -1,6 +1,7 @@
 """The calls of other libraries on fastlm's kernels; each part is imported when it is asked for.
 
 sdpa: torch.nn.functional.scaled_dot_product_attention. flash_attn: the functions of that package.
+hf: an attention implementation for transformers.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("flash_attn",)
+_MODULES = ("flash_attn", "hf")
 
 
 def __getattr__(name: str) -> Any:
