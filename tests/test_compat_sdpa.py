@@ -36,12 +36,10 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
     return [torch.randn(s).to(dtype) for s in shapes]
 
 
-def against_torch(backend: str | None, args: list[Any], **options: Any) -> None:
-    with fastlm.use_backend(backend):
-        ours = sdpa(*args, **options)
-        want = theirs(*args, **options)
-        assert ours.shape == want.shape and ours.dtype == want.dtype
-        testing.check(lambda *a: sdpa(*a, **options), lambda *a: theirs(*a, **options), args)
+def against_torch(args: list[Any], **options: Any) -> None:
+    ours, want = sdpa(*args, **options), theirs(*args, **options)
+    assert ours.shape == want.shape and ours.dtype == want.dtype
+    testing.check(lambda *a: sdpa(*a, **options), lambda *a: theirs(*a, **options), args)
 
 
 RANKS = {
@@ -74,12 +72,11 @@ def test_shapes(backend, dtype, rank, poisoned):
     *shapes, options = RANKS[rank]
     args = tensors(*shapes, dtype=dtype)
     if rank != "one key":
-        against_torch(backend, args, **options)
+        against_torch(args, **options)
         return
     # the gradient of q and k is 0, and what p = exp(s - lse) leaves of it has no scale
-    with fastlm.use_backend(backend):
-        leaves = [x.requires_grad_() for x in args]
-        grads = [torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (sdpa, theirs)]
+    leaves = [x.requires_grad_() for x in args]
+    grads = [torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (sdpa, theirs)]
     torch.testing.assert_close(*grads)
 
 
@@ -92,7 +89,7 @@ def test_causal_is_top_left(backend, rank, swap, poisoned):
     if swap:
         rows, keys = k[-2], q[-2]
         q, k, v = (*q[:-2], rows, q[-1]), (*k[:-2], keys, k[-1]), (*v[:-2], keys, v[-1])
-    against_torch(backend, tensors(q, k, v), is_causal=True, scale=0.7, **options)
+    against_torch(tensors(q, k, v), is_causal=True, scale=0.7, **options)
 
 
 def test_no_key():
@@ -127,9 +124,9 @@ def test_masks(backend, name, kind, poisoned):
     if kind == "float":
         mask = torch.randn(mask.shape).masked_fill(~mask, -math.inf)
     if name in ("rows", "open"):  # a constant in a row has no gradient
-        against_torch(backend, args, attn_mask=mask)
+        against_torch(args, attn_mask=mask)
     else:
-        against_torch(backend, [*args, mask])
+        against_torch([*args, mask])
 
 
 @every_backend
@@ -137,8 +134,7 @@ def test_masks(backend, name, kind, poisoned):
 def test_float32_mask_of_half_inputs(backend, dtype):
     q, k, v = tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), dtype=dtype)
     mask = torch.randn(5, 7)
-    with fastlm.use_backend(backend):
-        got = sdpa(q, k, v, mask)
+    got = sdpa(q, k, v, mask)
     exact = theirs(q.double(), k.double(), v.double(), mask.double())
     plain = theirs(q, k, v, mask)
     allowed = 2 * testing.error(plain.double(), exact) + 8 * torch.finfo(dtype).eps
@@ -153,7 +149,7 @@ def test_causal_biases_of_torch(backend, sizes, bias):
     """A row without keys gives 0, where torch warns of NaN."""
     rows, keys = sizes
     args = tensors((2, 3, rows, 8), (2, 3, keys, 8), (2, 3, keys, 6))
-    against_torch(backend, args, attn_mask=bias(rows, keys))
+    against_torch(args, attn_mask=bias(rows, keys))
     with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
         sdpa(*args, attn_mask=bias(rows, keys), is_causal=True)
 
@@ -232,10 +228,9 @@ def test_large_calls_by_the_usual_choice(dtype, name, poisoned):
 @pytest.mark.parametrize("kind", testing.LAYOUTS)
 def test_strides(backend, kind):
     args = tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (5, 7))
-    with fastlm.use_backend(backend):
-        testing.check(lambda *a: sdpa(*(testing.strided(x, kind) for x in a)), theirs, args)
-        q, k, v = (x[:1, :1].expand(2, 3, *x.shape[2:]) for x in args[:3])
-        torch.testing.assert_close(sdpa(q, k, v), theirs(q, k, v))
+    testing.check(lambda *a: sdpa(*(testing.strided(x, kind) for x in a)), theirs, args)
+    q, k, v = (x[:1, :1].expand(2, 3, *x.shape[2:]) for x in args[:3])
+    torch.testing.assert_close(sdpa(q, k, v), theirs(q, k, v))
 
 
 @every_backend
@@ -243,14 +238,13 @@ def test_dropout(backend):
     """The generator decides; the mean is that of no dropout; 1 drops everything."""
     q, k = tensors((4, 8, 64, 8), (4, 8, 64, 8))
     ones = torch.ones(4, 8, 64, 8)
-    with fastlm.use_backend(backend):
-        torch.manual_seed(3)
-        first = sdpa(q, k, ones, dropout_p=0.25)
-        assert not torch.equal(first, sdpa(q, k, ones, dropout_p=0.25))
-        torch.manual_seed(3)
-        assert torch.equal(first, sdpa(q, k, ones, dropout_p=0.25))
-        assert abs(float(first.mean()) - 1) < 0.02
-        assert not sdpa(q, k, ones, dropout_p=1.0).any()
+    torch.manual_seed(3)
+    first = sdpa(q, k, ones, dropout_p=0.25)
+    assert not torch.equal(first, sdpa(q, k, ones, dropout_p=0.25))
+    torch.manual_seed(3)
+    assert torch.equal(first, sdpa(q, k, ones, dropout_p=0.25))
+    assert abs(float(first.mean()) - 1) < 0.02
+    assert not sdpa(q, k, ones, dropout_p=1.0).any()
 
 
 @every_backend
@@ -258,7 +252,7 @@ def test_dropout(backend):
 def test_autocast(backend, dtype):
     q, k, v = tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
     mask = torch.randn(5, 7)
-    with fastlm.use_backend(backend), torch.autocast("cpu", dtype=dtype):
+    with torch.autocast("cpu", dtype=dtype):
         assert sdpa(q, k, v, mask).dtype == theirs(q, k, v, mask).dtype == dtype
         assert sdpa(q, k.to(dtype), v).dtype == theirs(q, k.to(dtype), v).dtype
         if backend != "cpu":  # it has no float64
