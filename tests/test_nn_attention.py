@@ -363,6 +363,25 @@ def test_nested_and_transformed_calls_go_to_pytorch(need_weights: bool) -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_small_inference_is_the_fused_call_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faster without masks and gradient; the rest is ours."""
+    ours, theirs = (m.eval() for m in pair(8, 2, batch_first=True))
+    x, seen = torch.randn(2, 5, 8), []
+    fused = torch._native_multi_head_attention
+    monkeypatch.setattr(
+        torch, "_native_multi_head_attention", lambda *a, **o: (seen.append(1), fused(*a, **o))[1]
+    )
+    want = theirs(x, x, x, need_weights=False)[0]
+    for options in ({}, {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}):
+        torch.testing.assert_close(ours(x, x, x, need_weights=False, **options)[0], want)
+        assert not seen
+        with torch.no_grad():
+            got = ours(x, x, x, need_weights=False, **options)[0]
+        torch.testing.assert_close(got, want)
+        assert len(seen) == (not options)
+        seen.clear()
+
+
 @both("norm_first", [True, False])
 @both("training", [True, False])
 def test_inside_transformer_layers(norm_first: bool, training: bool) -> None:

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, dispatch
 from ..ops.attention.mask import AttnMask
 from ..ops.attention.op import attention
 from .functional import Masks, as_bias, attend, ordinary
 
 Window = tuple[int | None, int | None]
+# log2 of the multiply-adds below which PyTorch's fused module is faster, without masks and
+# gradient, by 4-byte and 2-byte elements: AMD EPYC (Zen 5, AVX-512), 2 cores, 2026-11
+_FUSED_BELOW = {4: 24, 2: 28}
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -25,8 +28,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     PyTorch does. A query that attends to nothing gives the output bias with the first and NaN with
     the second, both as in PyTorch.
 
-    In `eval()` without gradients an nn.TransformerEncoderLayer reads the parameters and runs
-    PyTorch's own kernel, to the same result; with `num_kv_heads` or `window` it does not.
+    In `eval()` without gradients and masks a small call is PyTorch's, and an
+    nn.TransformerEncoderLayer reads the parameters and runs PyTorch's own kernel, to the same
+    result; with `num_kv_heads` or `window` neither happens.
 
     Args:
         num_kv_heads: heads of key and value, a divisor of num_heads; the parameters are then
@@ -134,9 +138,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = (key_padding_mask, attn_mask)
         tensors = [x for x in (query, key, value, *masks) if x is not None]
         plain = ordinary(*tensors, self.out_proj.weight)
-        if not extended and (
-            need_weights or not plain or not self._fits(query, key, value, *masks)
-        ):
+        ours = plain and not need_weights and self._fits(query, key, value, *masks)
+        ours = ours and not (len(tensors) == 3 and self._fused(query, key, value))
+        if not extended and not ours:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
@@ -194,6 +198,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         shapes = ((rows, keys), (batch * self.num_heads, rows, keys))
         return attn_mask is None or tuple(attn_mask.shape) in shapes
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether PyTorch's own forward would be one fused, faster call; without masks."""
+        if self.training or torch.is_grad_enabled() or dispatch.forced() is not None:
+            return False
+        if not self.batch_first or query.dim() != 3 or query is not key or key is not value:
+            return False
+        work = 2 * query.shape[0] * query.shape[1] ** 2 * self.embed_dim
+        return query.device.type == "cpu" and work < 1 << _FUSED_BELOW.get(query.element_size(), 0)
 
     def _masks(
         self, query: Tensor, key: Tensor, masks: tuple[Tensor | None, Tensor | None],

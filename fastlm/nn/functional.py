@@ -78,6 +78,8 @@ def large_enough(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> bool:
     if least is None or q.device.type != "cpu":
         return True
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[1] == 1 and q.element_size() == 4 and not trained:
+        return False  # one query of float32: torch 1.1x faster, the same machine
     work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * (q.shape[3] + v.shape[3])
     return work >= 1 << least[2 * masked + trained]
 
