@@ -34,6 +34,7 @@ from .ops.token_logprobs.op import (
     token_logprobs,
 )
 from .packing import PackedRows, pack_documents
+from .swap import swap
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ __all__ = [
     "reward_loss",
     "sample",
     "simpo_loss",
+    "swap",
     "token_logprobs",
     "token_plan",
     "use_backend",

@@ -1,5 +1,6 @@
 """Modules with the constructors and state_dict of their torch.nn namesakes."""
 
+from .attention import MultiheadAttention
 from .decoder import GRUDecoder
 from .gru import GRU, EmbeddingGRU
 from .gru_cell import GRUCell
@@ -13,4 +14,5 @@ __all__ = [
     "GRUDecoder",
     "LinearCrossEntropyLoss",
     "LinearTokenLogprobs",
+    "MultiheadAttention",
 ]

@@ -125,6 +125,31 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     return start, following.flip(-1).cummin(-1).values.flip(-1)
 
 
+def first_runs(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of booleans [..., Sk]: where the first True of a row stands, and one past some run from it.
+
+    If the Trues of a row are one run, the run is [lo, hi); lo = hi in a row without any.
+    """
+    keys = mask.shape[-1]
+    if keys == 0:
+        none = torch.zeros(mask.shape[:-1], dtype=torch.int64, device=mask.device)
+        return none, none
+    lo = mask.to(torch.uint8).argmax(-1, keepdim=True)
+    inside, outside = lo, torch.full_like(lo, keys)
+    # a search by halves costs log2(Sk) reads a row; a sum over the row costs four times the argmax
+    for _ in range(keys.bit_length()):
+        middle = (inside + outside) // 2
+        found = mask.gather(-1, middle)
+        inside, outside = torch.where(found, middle, inside), torch.where(found, outside, middle)
+    return lo[..., 0], torch.where(mask.gather(-1, lo), outside, lo)[..., 0]
+
+
+def is_runs(mask: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Whether each element of the mask is what [lo, hi) says."""
+    key = torch.arange(mask.shape[-1], device=mask.device)
+    return mask == ((key >= lo[..., None]) & (key < hi[..., None]))
+
+
 @dataclass(frozen=True)
 class _Band:
     left: int
@@ -276,16 +301,14 @@ class AttnMask:
             checks.bad_type("AttnMask", "mask", "bool", checks.short(mask.dtype))
         if not 2 <= mask.dim() <= 4:
             checks.bad_value("AttnMask", "mask", "2-D, 3-D or 4-D", list(mask.shape))
-        count = mask.sum(-1)
-        lo = mask.to(torch.int8).argmax(-1) if mask.shape[-1] else count
-        key = torch.arange(mask.shape[-1], device=mask.device)
-        same = mask == ((key >= lo[..., None]) & (key < (lo + count)[..., None]))
+        lo, hi = first_runs(mask)
+        same = is_runs(mask, lo, hi)
         if not bool(same.all()):
             row = (~same).any(-1).nonzero()[0].tolist()
             expected = "one interval of keys per row"
             remedy = "pass it as bias with -inf instead"
             checks.bad_value("AttnMask", "mask", expected, f"more in row {row}", remedy)
-        return AttnMask.intervals(lo, lo + count)
+        return AttnMask.intervals(lo, hi)
 
     def limits(self, at: Coordinates, window: Limits) -> Limits:
         """The mask within `window`, for rows at these coordinates."""
