@@ -28,6 +28,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
@@ -51,26 +52,42 @@ class _Stand:
         return lambda *a, **k: self.recorder.launches.append((self.kernel, a, k))
 
 
+def _argument(
+    value: Any, path: tuple[int, ...], specialises: bool, constants: Any, attributes: Any
+) -> Any:
+    """The type of an argument; what of it is compiled in goes to `constants`."""
+    if isinstance(value, tuple):
+        kinds = (_argument(x, (*path, i), True, constants, attributes) for i, x in enumerate(value))
+        return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+    is_integer = isinstance(value, int)
+    fixed = value is None or isinstance(value, bool)
+    if fixed or (is_integer and specialises and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        kind, number = TYPES[value.dtype], value.data_ptr()
+    elif is_integer:
+        kind, number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+    else:
+        kind, number = "fp32", 1
+    if specialises and number % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return kind
+
+
 def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSource:
     """None, constexpr and the number 1 are compiled in; what 16 divides is known to be so."""
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        fixed = parameter.is_constexpr or value is None or isinstance(value, bool)
-        is_integer = isinstance(value, int)
-        specialises = not parameter.do_not_specialize
-        if fixed or (is_integer and specialises and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], number = TYPES[value.dtype], value.data_ptr()
-        elif is_integer:
-            signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        name, value, path = parameter.name, values[parameter.name], (parameter.num,)
+        if parameter.is_constexpr:
+            signature[name], constants[path] = "constexpr", value
         else:
-            signature[name], number = "fp32", 1
-        if specialises and number % 16 == 0:
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            specialises = not parameter.do_not_specialize
+            signature[name] = _argument(value, path, specialises, constants, attributes)
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -105,7 +122,7 @@ def resources(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: i
 
 def _named(source: ASTSource) -> dict[Any, Any]:
     names = source.fn.arg_names
-    return {(names[path[0]],): value for path, value in source.constants.items()}
+    return {(names[path[0]], *path[1:]): value for path, value in source.constants.items()}
 
 
 def row_statistics() -> Iterator[Any]:

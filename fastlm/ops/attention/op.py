@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, library
+from ... import checks, dispatch, library, triton_backend
 from . import arguments, reference
 from .mask import AttnMask
 
@@ -153,6 +153,32 @@ def _torch_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     return None
 
 
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from . import triton_kernels
+
+    return triton_kernels.forward(*args)
+
+
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"takes head sizes to 256, not {max(q.shape[3], v.shape[3])}"
+    if max(q.shape[1], k.shape[1]) >= 2**28:
+        return "takes fewer than 2^28 rows"
+    return None
+
+
+dispatch.register(
+    "attention",
+    "triton",
+    _triton_forward,
+    None,
+    devices=triton_backend.devices,
+    unavailable=triton_backend.unavailable,
+    refuses=_triton_refuses,
+    proven=False,
+)
 dispatch.register(
     "attention",
     "torch",
