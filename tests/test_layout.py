@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TRITON_FILES = ("triton_kernels.py", "triton_backward.py")
+TRITON_FILES = tuple(
+    f"triton_{name}.py" for name in ("kernels", "forward", "backward", "rows", "bias")
+)
 CORE_DEPENDENCIES = {"torch", "numpy", "fastlm", "__future__", *sys.stdlib_module_names}
 # what stands above the ops, so that nothing in ops/ or below may know it
 ABOVE_OPS = ("fastlm.nn", "fastlm.lm", "fastlm.compat", "fastlm.swap", "fastlm.bench")

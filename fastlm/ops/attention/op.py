@@ -154,9 +154,15 @@ def _torch_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import triton_kernels
+    from . import triton_forward
 
-    return triton_kernels.forward(*args)
+    return triton_forward.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    from . import triton_backward
+
+    return triton_backward.backward(*args)
 
 
 def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
@@ -173,7 +179,7 @@ dispatch.register(
     "attention",
     "triton",
     _triton_forward,
-    None,
+    _triton_backward,
     devices=triton_backend.devices,
     unavailable=triton_backend.unavailable,
     refuses=_triton_refuses,

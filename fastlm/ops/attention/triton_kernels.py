@@ -1,9 +1,8 @@
-"""Attention in Triton, forward: one program per tile of query rows and head.
+"""What the Triton kernels of both passes of attention share.
 
 Every mask is an interval of keys per row, and a tile of rows takes from the least and largest ends
 of its intervals which tiles of keys it reads, and which of them need no mask. Scores are in base 2:
-the factor log2(e) is folded into the scale. What both passes share stands here, the backward in
-`triton_backward.py`.
+the factor log2(e) is folded into the scale.
 
 A packed batch is found in the device's own numbers. Sequence n owns the tiles ("slots") from
 starts[n] // SIZE + n on, which is never fewer than it has, so the launch follows from shapes alone;
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..row_statistics.triton_kernels import on_device, tanh
+from ..row_statistics.triton_kernels import tanh
 from .reference import Options
 from .triton_config import Entry, Tiles, tiles
 
@@ -200,8 +199,8 @@ def score(
     product, where, inside, added, scale, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr
 ):
     """Scores in base 2, and tanh(x / softcap) with a softcap. `where`: row, key, low, high, to be
-    broadcast, and the shift of the diagonal; `added`: slope and bias; `inside` guards the bias."""
-    row, key, low, high, shift = where
+    broadcast, and the key a row is aligned with; `added`: slope and bias; `inside` guards the bias."""
+    row, key, low, high, diagonal = where
     slope, bias, bias_row, bias_key = added
     squashed = product
     if CAPPED:
@@ -210,7 +209,7 @@ def score(
     else:
         s = product * (scale * LOG2E)
     if slope is not None:
-        s -= (slope * LOG2E) * tl.abs(row + shift - key).to(tl.float32)
+        s -= (slope * LOG2E) * tl.abs(diagonal - key).to(tl.float32)
     if bias is not None:
         at = bias + row.to(tl.int64) * bias_row + key.to(tl.int64) * bias_key
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
@@ -230,136 +229,6 @@ def kept(seed, counter, key, limit, KEYS: tl.constexpr):
     return tl.reshape(words, (counter.shape[0], KEYS)) > limit.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def forward_kernel(
-    out,  # [B, Sq, H, Dv]
-    lse,  # float32 [B, H, Sq]
-    q,
-    k,
-    v,
-    mask,
-    extra,
-    q_by,
-    k_by,
-    v_by,
-    per,
-    rows,
-    keys,
-    sequences,
-    slots,
-    width,
-    batch_heads,
-    heads,
-    group,
-    scale,
-    softcap,
-    left,
-    right,
-    limit,
-    keep_scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    PAD_D: tl.constexpr,
-    PAD_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SEARCH: tl.constexpr,
-):
-    slot, bh = schedule(slots, batch_heads, width)
-    # later rows attend to more keys: the longest first
-    tile, row0, count, origin, first, stop = locate(
-        mask, sequences, slots - 1 - slot, rows, keys, extra.seed, False, ROWS, SEARCH
-    )
-    if tile * ROWS >= count:
-        return
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    row, n = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS)
-    shift = stop - count
-    low, high = intervals(
-        row,
-        count,
-        mask,
-        b * per.lo_batch + h * per.lo_head + row0,
-        (origin, first, stop),
-        (left, right),
-        HAS_LEFT,
-        HAS_RIGHT,
-    )
-    begin, inner, outer, end = key_tiles(row, count, low, high, KEYS)
-    d, e = tl.arange(0, PAD_D)[None, :], tl.arange(0, PAD_DV)[None, :]
-    place = (row0 + row).to(tl.int64)
-    at = q + b * q_by.batch + h * q_by.head + place[:, None] * q_by.row + d
-    query = load(at, row, 0, count, D, PAD_D, True)
-    key_place = (origin + n).to(tl.int64)[:, None]
-    k_at = k + b * k_by.batch + (h // group) * k_by.head + key_place * k_by.row + d
-    v_at = v + b * v_by.batch + (h // group) * v_by.head + key_place * v_by.row + e
-    slope, bias = extra.slopes, extra.bias
-    if extra.slopes is not None:
-        slope = tl.load(extra.slopes + b * per.slope_batch + h)
-    if extra.bias is not None:
-        bias = bias_of(extra, per, b, h, row0, origin)
-    counter = (b * heads + h) * rows + place
-
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PAD_DV), tl.float32)
-    # tiles before, within and behind the keys that every row attends to
-    for part in tl.static_range(3):
-        if part != 0 or HAS_LEFT or mask.lo is not None or extra.seed is not None:
-            since = begin if part == 0 else (inner if part == 1 else outer)
-            until = inner if part == 0 else (outer if part == 1 else end)
-            for index in tl.range(since, until, num_stages=STAGES):
-                step = tl.full((), 0, tl.int64) + index * KEYS
-                key = index * KEYS + n
-                keys_here = load(k_at + step * k_by.row, key, first, stop, D, PAD_D, part != 1)
-                s, _ = score(
-                    tl.dot(query, tl.trans(keys_here), input_precision=PRECISION),
-                    (row[:, None], key[None, :], low[:, None], high[:, None], shift),
-                    (row < count)[:, None] & (key < stop)[None, :],
-                    (slope, bias, per.bias_row, per.bias_key),
-                    scale,
-                    softcap,
-                    CAPPED,
-                    part != 1,
-                )
-                new_top = tl.maximum(top, tl.max(s, 1))
-                base = new_top
-                if part != 1 or bias is not None:
-                    # a row of -inf alone is measured from 0: -inf - -inf would be NaN
-                    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-                p = tl.exp2(s - base[:, None])
-                rescale = tl.exp2(top - base)
-                total = total * rescale + tl.sum(p, 1)
-                if extra.seed is not None:
-                    stays = kept(extra.seed, counter, origin + index * KEYS, limit, KEYS)
-                    p = tl.where(stays, p, 0.0)
-                values = load(v_at + step * v_by.row, key, first, stop, DV, PAD_DV, part != 1)
-                acc = acc * rescale[:, None]
-                acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-                top = new_top
-
-    if extra.sink is not None:
-        sink = tl.load(extra.sink + h) * LOG2E
-        base = tl.maximum(top, sink)
-        total = total * tl.exp2(top - base) + tl.exp2(sink - base)
-        acc = acc * tl.exp2(top - base)[:, None]
-        top = base
-    if extra.seed is not None:
-        acc = acc * keep_scale
-    nothing = total == 0.0
-    acc = acc / tl.where(nothing, 1.0, total)[:, None]
-    found = tl.where(nothing, float("-inf"), (top + tl.log2(total)) / LOG2E)
-    inside = row < count
-    tl.store(lse + (b * heads + h) * rows + place, found, mask=inside)
-    at = out + ((b * rows + place) * heads + h)[:, None] * DV + e
-    tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (e < DV))
-
-
 class Call(NamedTuple):
     """What the kernels of both passes are launched with."""
 
@@ -370,7 +239,7 @@ class Call(NamedTuple):
     entry: Entry
 
 
-def _rows_last(x: Tensor) -> Tensor:
+def rows_last(x: Tensor) -> Tensor:
     """[B, S, H, D] with the last dimension contiguous."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
@@ -471,19 +340,3 @@ def launch(
         **call.numbers,
         **more,
     )
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    batch, rows, heads, _ = q.shape
-    out = q.new_empty(batch, rows, heads, v.shape[3])
-    lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = (_rows_last(x) for x in (q, k, v))
-    call = prepare(q, k, v, Options(*given))
-    shape = call.entry[0]
-    reads = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-    tensors = (out, lse, q, k, v, call.mask, call.extra, by(q), by(k), by(v), call.per)
-    with on_device(q):
-        launch(call, forward_kernel, shape, shape.rows, batch * heads, reads, *tensors, total=rows)
-    return out, lse
