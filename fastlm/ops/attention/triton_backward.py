@@ -141,9 +141,9 @@ def dkdv_kernel(
     for member in range(group):
         h = key_head * group + member
         if mask.lo is not None:
-            at = ranges + (b * range_by[0] + h * range_by[1] + slot) * 4
-            begin, inner = tl.load(at), tl.load(at + 1)
-            outer, end = tl.load(at + 2), tl.load(at + 3)
+            found = ranges + (b * range_by[0] + h * range_by[1] + slot) * 4
+            begin, inner = tl.load(found), tl.load(found + 1)
+            outer, end = tl.load(found + 2), tl.load(found + 3)
         lo_at = b * per.lo_batch + h * per.lo_head + row0
         slope, bias = extra.slopes, extra.bias
         if extra.slopes is not None:
@@ -180,7 +180,13 @@ def dkdv_kernel(
                         )
                     s, squashed = score(
                         tl.dot(keys_here, tl.trans(query), input_precision=PRECISION),
-                        (row[None, :], key[:, None], low[None, :], high[None, :], row[None, :] + shift),
+                        (
+                            row[None, :],
+                            key[:, None],
+                            low[None, :],
+                            high[None, :],
+                            row[None, :] + shift,
+                        ),
                         inside[None, :] & ((key >= first) & (key < stop))[:, None],
                         (slope, bias, per.bias_row, per.bias_key),
                         scale,
@@ -208,9 +214,7 @@ def dkdv_kernel(
                     acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
     inside = ((key >= first) & (key < stop))[:, None]
     out_place = ((b * keys + key_place) * key_heads) + key_head
-    tl.store(
-        dk + out_place * D + d, (acc_k * scale).to(dk.dtype.element_ty), mask=inside & (d < D)
-    )
+    tl.store(dk + out_place * D + d, (acc_k * scale).to(dk.dtype.element_ty), mask=inside & (d < D))
     tl.store(dv + out_place * DV + e, acc_v.to(dv.dtype.element_ty), mask=inside & (e < DV))
 
 
