@@ -7,9 +7,10 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
-PyTorch: full or square causal attention without the other options; its backward takes no gradient
-through lse).
+Backends: triton (everything but float64 and head sizes above 256; a packed sequence gives the bits
+that it gives alone), reference (everything; blocks of query rows, memory O(S)), torch (the CPU
+flash kernel of PyTorch: full or square causal attention without the other options; its backward
+takes no gradient through lse).
 """
 
 from __future__ import annotations

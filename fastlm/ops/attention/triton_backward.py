@@ -369,15 +369,26 @@ def backward(
         call.numbers["ONE_KEY"] = one_key(call, keys)
         saved = (q, k, v, dout, lse2, delta)
         strides = (by(q), by(k), by(v), call.per)
-        shape = call.entry[1]
+        shape = call.entry.dkdv
         if k.numel():
             found, range_by = ranges(call, shape)
-            args = (dk, dv, *saved, found, call.mask, call.extra, *strides, range_by)
-            heads_in_all = batch * key_heads
-            launch(call, dkdv_kernel, shape, shape.keys, heads_in_all, reads[0], *args, total=keys)
-        shape = call.entry[2]
-        args = (dq, per_row, *saved, call.mask, call.extra, *strides)
-        launch(call, dq_kernel, shape, shape.rows, batch * heads, reads[1], *args, total=rows)
+            launch(
+                call,
+                dkdv_kernel,
+                shape,
+                (keys, shape.keys),
+                (batch * key_heads, reads[0]),
+                (dk, dv, *saved, found, call.mask, call.extra, *strides, range_by),
+            )
+        shape = call.entry.dq
+        launch(
+            call,
+            dq_kernel,
+            shape,
+            (rows, shape.rows),
+            (batch * heads, reads[1]),
+            (dq, per_row, *saved, call.mask, call.extra, *strides),
+        )
         if extra[2].numel():
             extra[2] = dbias(call, saved, given)
     if per_row is not None and given.alibi_slopes is not None:

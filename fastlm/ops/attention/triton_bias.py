@@ -1,4 +1,4 @@
-"""The gradient of attention's bias, in Triton: a program per tile of it, which nothing else adds to.
+"""The gradient of attention's bias in Triton: a program owns a tile of it.
 
 Where the bias is broadcast, the program goes through all that its tile was added to: batch entries,
 heads, and the tiles of rows or keys. Rows and keys count over the whole packing, because the bias

@@ -167,9 +167,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tenso
         return out, lse
     q, k, v = (rows_last(x) for x in (q, k, v))
     call = prepare(q, k, v, Options(*given))
-    shape = call.entry[0]
+    shape = call.entry.forward
     reads = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-    tensors = (out, lse, q, k, v, call.mask, call.extra, by(q), by(k), by(v), call.per)
+    args = (out, lse, q, k, v, call.mask, call.extra, by(q), by(k), by(v), call.per)
     with on_device(q):
-        launch(call, forward_kernel, shape, shape.rows, batch * heads, reads, *tensors, total=rows)
+        launch(call, forward_kernel, shape, (rows, shape.rows), (batch * heads, reads), args)
     return out, lse

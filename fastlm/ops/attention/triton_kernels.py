@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..row_statistics.triton_kernels import tanh
 from .reference import Options
-from .triton_config import Entry, Tiles, tiles
+from .triton_config import ALL, BAND, CAUSAL, SCORES, Entry, Tiles, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(1 << 30)  # beyond any key
@@ -199,7 +199,7 @@ def score(
     product, where, inside, added, scale, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr
 ):
     """Scores in base 2, and tanh(x / softcap) with a softcap. `where`: row, key, low, high, to be
-    broadcast, and the key a row is aligned with; `added`: slope and bias; `inside` guards the bias."""
+    broadcast, and the key a row is aligned with; `added`: slope and bias, which `inside` guards."""
     row, key, low, high, diagonal = where
     slope, bias, bias_row, bias_key = added
     squashed = product
@@ -282,7 +282,11 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
     if starts_q is not None and starts_k is not None:
         starts_q, starts_k = starts_q.contiguous(), starts_k.contiguous()
     extra = Extra(slopes, None if sink is None else sink.float().contiguous(), bias, seed)
-    plain = given.softcap == 0 and lo is None and extra == (None, sink, None, None)
+    kind = CAUSAL if given.left < 0 else BAND
+    if given.softcap > 0 or lo is not None or slopes is not None:
+        kind = SCORES
+    if bias is not None or seed is not None:
+        kind = ALL
     size, size_v = q.shape[3], v.shape[3]
     pads = [max(16, triton.next_power_of_2(n)) for n in (size, size_v)]
     numbers = {
@@ -308,7 +312,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
         "PRECISION": precision(q),
         "SEARCH": SEARCH,
     }
-    entry = tiles(capability(q), max(pads), q.element_size(), plain)
+    entry = tiles(capability(q), max(pads), q.element_size(), kind)
     return Call(Mask(lo, hi, starts_q, starts_k), extra, per, numbers, entry)
 
 
@@ -316,27 +320,24 @@ def launch(
     call: Call,
     kernel: Any,
     shape: Tiles,
-    size: int,
-    heads: int,
-    reads: int,
-    *args: Any,
-    **more: Any,
+    along: tuple[int, int],
+    heads: tuple[int, int],
+    args: tuple[Any, ...],
 ) -> None:
-    """A program per tile of `size` rows or keys of one sequence and head, of heads in all;
-    `reads`: bytes that the tiles of a head share."""
-    total = more.pop("total")
+    """A program per tile of one sequence and head. `along`: rows (or keys) in all, and of a tile;
+    `heads`: how many in all, and the bytes that the tiles of one share."""
+    total, size = along
     sequences = call.numbers["sequences"]
     slots = total // size + sequences + 1 if sequences else triton.cdiv(total, size)
-    kernel[(slots * heads,)](
+    kernel[(slots * heads[0],)](
         *args,
         slots=slots,
-        width=max(1, min(heads, L2_BYTES // max(1, reads))),
-        batch_heads=heads,
+        width=max(1, min(heads[0], L2_BYTES // max(1, heads[1]))),
+        batch_heads=heads[0],
         ROWS=shape.rows,
         KEYS=shape.keys,
         STAGES=shape.stages,
         num_warps=shape.warps,
         num_stages=shape.stages,
         **call.numbers,
-        **more,
     )
