@@ -133,11 +133,10 @@ def test_all_at_once(rows: int, keys: int, poisoned: None) -> None:
     against_reference(qkv((2, rows, keys, 2, 1)), options | extra)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 2, 70, 100), (1, 1, 70, 100), (2, 1, 70, 1), (1, 2, 1, 100), (2, 2, 1, 1)],
-    ids=str,
-)
+BIASES = [(1, 1, 70, 100), (1, 2, 1, 100), (2, 1, 70, 1), (2, 2, 70, 100), (2, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", BIASES[:2] if DEVICE == "cuda" else BIASES, ids=str)
 def test_bias(shape: tuple[int, ...], poisoned: None) -> None:
     bias = torch.randn(shape)
     bias[..., :5] = -torch.inf if shape[-1] > 1 else 1.0
