@@ -36,6 +36,7 @@ TESTS_TO_RUN = (
     "test_attention.py::test_layouts_and_strides",
     "test_attention.py::test_opcheck_and_compile",
     "test_triton_attention.py",
+    "test_triton_decode.py",
     "test_triton_embedding_gru.py",
     "test_triton_row_statistics.py",
     "test_triton_interpreter.py",

@@ -314,6 +314,29 @@ def attention(capability: int, everything: bool) -> Iterator[Any]:
                 yield launch
 
 
+def decode_attention() -> Iterator[Any]:
+    """Dense and paged caches, with and without what may be missing."""
+    from fastlm.ops.decode_attention import reference
+    from fastlm.ops.decode_attention import triton_kernels as kernels
+
+    recorder = Recorder(kernels, "part_kernel", "join_kernel")
+    ints = torch.zeros(2, dtype=torch.int32)
+    for dtype, size, paged in (
+        (torch.bfloat16, 128, True),
+        (torch.bfloat16, 256, False),
+        (torch.float32, 64, True),
+    ):
+        q = torch.empty(2, 1, 32, size, dtype=dtype)
+        slots = (40, 16) if paged else (2, 4096)
+        caches = torch.empty(*slots, 8, size, dtype=dtype)
+        table = torch.zeros(2, 300, dtype=torch.int32) if paged else None
+        row, heads = (None, torch.empty(32)) if paged else (ints, None)
+        numbers = (0.1, 100 if paged else -1, 0, 30.0 if paged else 0.0, 0)
+        given = reference.Options(table, row, row, heads, heads, *numbers)
+        kernels.forward(q, caches, caches, ints, given)
+    yield from recorder.launches
+
+
 def _source_of(launch: Any) -> ASTSource:
     kernel, args, named = launch
     return _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
@@ -325,7 +348,7 @@ def main() -> None:
         for launch in attention(capability, everything):
             disassemble = launch[0].fn.__name__ in ATTENTION
             print(json.dumps(resources("attention", launch, capability, disassemble)), flush=True)
-    for launches in (row_statistics, linear_kl_div, embedding_gru):
+    for launches in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
         for launch in launches():
             for capability in CAPABILITIES:
                 found = resources(launches.__name__, launch, capability, False)

@@ -100,9 +100,9 @@ def bias_kernel(
                 begin, end = tl.maximum(begin, tile_key), tl.minimum(end, tile_key + 1)
             for key_tile in range(begin, end):
                 key = key_tile * KEYS + n
-                at = key.to(tl.int64)[:, None]
-                keys_here = load(k_at + at * k_by.row, key, 0, keys, D, PAD_D, True)
-                values = load(v_at + at * v_by.row, key, 0, keys, DV, PAD_DV, True)
+                key_place = key.to(tl.int64)[:, None]
+                keys_here = load(k_at + key_place * k_by.row, key, 0, keys, D, PAD_D, True)
+                values = load(v_at + key_place * v_by.row, key, 0, keys, DV, PAD_DV, True)
                 kept_here = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
                 s, _ = score(
                     tl.dot(query, tl.trans(keys_here), input_precision=PRECISION),
