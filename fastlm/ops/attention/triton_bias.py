@@ -16,7 +16,12 @@ from .mask import coordinates, row_bounds
 from .reference import Options
 from .triton_kernels import FAR, VARYING, Call, by, kept, load, score
 
-TILE = 64, 32  # rows and keys
+
+def _tile(size: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows, keys and warps, for the larger head size: none of them spills a register."""
+    if itemsize == 4 or size > 128:
+        return 16, 16, 4
+    return 32, 32, 8
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -149,7 +154,8 @@ def dbias(call: Call, saved: tuple[Tensor, ...], given: Options) -> Tensor:
     at = coordinates(rows, keys, call.mask.starts_q, call.mask.starts_k, q.device)
     bounds = row_bounds(at, given.left, given.right, given.lo, given.hi)
     low, high = (x.int().contiguous() for x in bounds)
-    tiles = [triton.cdiv(n, size) for n, size in zip(bias.shape[2:], TILE, strict=True)]
+    tile_rows, tile_keys, warps = _tile(max(q.shape[3], v.shape[3]), q.element_size())
+    tiles = triton.cdiv(bias.shape[2], tile_rows), triton.cdiv(bias.shape[3], tile_keys)
     left_out = ("HAS_LEFT", "HAS_RIGHT", "SEARCH", "sequences", "left", "right")
     bias_kernel[(bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1],)](
         found,
@@ -166,10 +172,10 @@ def dbias(call: Call, saved: tuple[Tensor, ...], given: Options) -> Tensor:
         bias.shape[1],
         batch=q.shape[0],
         ALL=tuple(n == 1 for n in bias.shape),
-        ROWS=TILE[0],
-        KEYS=TILE[1],
-        num_warps=4,
-        num_stages=1,
+        ROWS=tile_rows,
+        KEYS=tile_keys,
+        num_warps=warps,
+        num_stages=2,
         **{name: value for name, value in numbers.items() if name not in left_out},
     )
     return found

@@ -258,7 +258,13 @@ def capability(x: Tensor) -> int:
 
 def precision(x: Tensor) -> str:
     """How float32 is multiplied: as PyTorch's own products are."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    settings = torch.backends.cuda.matmul
+    # the older name raises where the newer one was set
+    if hasattr(settings, "fp32_precision"):
+        allowed = settings.fp32_precision == "tf32"
+    else:
+        allowed = settings.allow_tf32
+    return "tf32" if x.is_cuda and allowed else "ieee"
 
 
 def _spread(stride: int, size: int) -> int:

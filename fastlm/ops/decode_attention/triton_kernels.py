@@ -38,6 +38,7 @@ def part_kernel(
     good,  # whether the cache has the row: nothing is read where it has not
     table,  # int32 [B, columns] or None
     slopes,  # float32 [B|1, H] or None
+    bias,  # None: there is none, but `score` asks
     q_by,
     k_by,
     v_by,
@@ -119,7 +120,7 @@ def part_kernel(
             tl.dot(rows_here, tl.trans(keys_here), input_precision=PRECISION),
             (query[:, None], key[None, :], low[:, None], high[:, None], diagonal[:, None]),
             inside[:, None],
-            (slope, None, 0, 0),
+            (slope, bias, 0, 0),
             scale,
             softcap,
             CAPPED,
@@ -231,6 +232,7 @@ def forward(
             good,
             table,
             slopes,
+            None,
             by(q),
             by(k_cache),
             by(v_cache),
