@@ -191,9 +191,9 @@ def test_a_packed_sequence_is_what_it_gives_alone_and_nan_stays_in_its_own() -> 
     """To the bit, and with NaN in the sequence before."""
     args, options = packed([0, 40, 105], [0, 37, 133], 110, 140)
     dout = torch.randn(110, 2, 40).to(DEVICE)
-    for band in BANDS.values():
-        for x in (*args, dout):
-            x[:37] = torch.nan
+    for x in (*args, dout):
+        x[:37] = torch.nan
+    for band in (BANDS["full"], BANDS["window"]):
         together = results("triton", args, options | band, dout)
         alone = [args[0][None, 40:105], *(x[None, 37:133] for x in args[1:])]
         out, lse, dq, dk, dv = results("triton", alone, dict(band), dout[None, 40:105])
@@ -259,7 +259,7 @@ def test_order_of_launch_does_not_change_the_result(
     share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One head at a time, or as many as do not divide them; and the second call."""
-    args = qkv((3, 70, 70, 3, 3))
+    args = qkv((1, 70, 70, 3, 3))
     want = results("triton", args, BANDS["causal"])
     assert all(map(torch.equal, want, results("triton", args, BANDS["causal"])))
     monkeypatch.setattr(triton_kernels, "L2_BYTES", share * 70 * (24 + 40) * 4 // 25)
