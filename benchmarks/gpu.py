@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ATTENTION_BENCHMARK = "benchmarks/gpu_attention.py"
 FORCED_BENCHMARK = "benchmarks/bench_embedding_gru.py"
 PEERS = ("flash_attn", "liger_kernel", "triton")
 
@@ -100,6 +101,13 @@ def run_tests(timeout: float) -> dict[str, Any]:
     return {"passed": passed and counts["run"] > 0, **counts, "seconds": round(seconds, 1)}
 
 
+def run_attention(seconds: float, no_compile: bool) -> bool:
+    """Attention in Triton beside PyTorch's; a shape that started in time may still compile."""
+    command = [ATTENTION_BENCHMARK, f"--seconds={max(10.0, seconds - 40):.0f}"]
+    command += ["--no-compile"] if no_compile else []
+    return run("attention in Triton", command, seconds + 40)[0]
+
+
 def write(summary: dict[str, Any]) -> Path:
     """Add this run to the file that the benchmarks of this GPU are in."""
     path = RESULTS / f"{summary['slug']}.json"
@@ -127,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return max(1.0, options.minutes * 60 - (time.monotonic() - start))
 
     built, build_seconds = run("build", ["setup.py", "-q", "build_ext", "--inplace"], left())
-    tests = run_tests(min(left(), 200))
+    tests = run_tests(min(left(), 260))
+    timed_attention = run_attention(left() / 3, options.no_compile)
     # a case that started in time may still compile: keep two minutes for it and the table
     timing = ["-m", "pytest", "-q", "benchmarks", "--benchmark", "--device=cuda"]
     timing += ["--benchmark-max-time=0.3", f"--time-limit={max(10.0, left() - 120):.0f}"]
@@ -150,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "built": built,
         "tests": tests,
         "benchmarks_passed": timed,
+        "attention_passed": timed_attention,
         "seconds": {"build": round(build_seconds, 1), "benchmarks": round(bench_seconds, 1)},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
@@ -162,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{tests['skipped']} skipped, {tests['seconds']:.0f} s"
     )
     print(f"benchmarks  {say[timed]}, {bench_seconds:.0f} s, table above")
+    print(f"attention   {say[timed_attention]}, in Triton beside PyTorch, table above")
     print(f"results     {path.relative_to(ROOT)}")
-    return 0 if built and tests["passed"] and timed else 1
+    return 0 if built and tests["passed"] and timed and timed_attention else 1
 
 
 if __name__ == "__main__":

@@ -85,6 +85,33 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", probs, v)
 
 
+# two documents of attention, 4 and 5 tokens, and a token behind them
+STARTS = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
+    named = dict(zip(("alibi_slopes", "sink", "bias"), extra, strict=True))
+    starts = {f"cu_seqlens_{which}": STARTS.to(q.device) for which in "qk"}
+    options = {"layout": "thd", "softcap": 2.0, "window": (3, 0), **starts}
+    return fastlm.attention(q, k, v, **named, **options)
+
+
+def torch_packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sink: Tensor, bias: Tensor
+) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    place = torch.arange(q.shape[0], device=q.device)
+    document = torch.bucketize(place, STARTS.to(q.device)[1:], right=True)
+    distance = place[:, None] - place
+    x = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    s = 2 * (x / 2).tanh() - slopes[:, None, None] * distance.abs() + bias
+    keep = (document[:, None] == document) & (distance >= 0) & (distance <= 3)
+    s = s.masked_fill(~keep, float("-inf"))
+    s = torch.cat([s, sink[:, None, None].expand(*s.shape[:2], 1)], -1)
+    out = torch.einsum("hqk,khd->qhd", s.softmax(-1)[..., :-1], v)
+    return out * (document < 2)[:, None, None]
+
+
 def reinforce(scores: Tensor, advantages: Tensor) -> Tensor:
     return -(advantages.detach()[:, None] * scores).mean()
 
@@ -139,6 +166,15 @@ OPS = {
         lambda: [randn(2, 9, 3, 16) for _ in range(3)],
         lambda q, k, v: fastlm.attention(q, k, v, mask="causal"),
         causal,
+    ),
+    "packed_attention": Op(
+        lambda: [
+            *(randn(10, heads, 16) for heads in (4, 2, 2)),
+            *(torch.rand(4), randn(4), randn(4, 10, 1)),
+        ],
+        packed_attention,
+        torch_packed_attention,
+        public="attention",
     ),
     "gru": Op(
         lambda: [randn(3, 5, 7), *weights(7, 9)],

@@ -1,6 +1,7 @@
 """Compiles what ops launch for GPUs that need not be here, and says what each kernel takes.
 
-    python tests/triton_compile.py        one JSON object per kernel and GPU
+    python tests/triton_compile.py [--all]    one JSON object per kernel and GPU; of attention a
+                                              part of its table of tiles, or all of it
 
 Run without TRITON_INTERPRET. The launches are those that the ops' own launchers make, on CPU
 tensors, with a recorder in the kernel's place; arguments are specialised as Triton does it.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
@@ -51,46 +54,71 @@ class _Stand:
         return lambda *a, **k: self.recorder.launches.append((self.kernel, a, k))
 
 
+def _argument(
+    value: Any, path: tuple[int, ...], specialises: bool, constants: Any, attributes: Any
+) -> Any:
+    """The type of an argument; what of it is compiled in goes to `constants`."""
+    if isinstance(value, tuple):
+        kinds = (_argument(x, (*path, i), True, constants, attributes) for i, x in enumerate(value))
+        return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+    is_integer = isinstance(value, int)
+    fixed = value is None or isinstance(value, bool)
+    if fixed or (is_integer and specialises and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        kind, number = TYPES[value.dtype], value.data_ptr()
+    elif is_integer:
+        kind, number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+    else:
+        kind, number = "fp32", 1
+    if specialises and number % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return kind
+
+
 def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSource:
     """None, constexpr and the number 1 are compiled in; what 16 divides is known to be so."""
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        fixed = parameter.is_constexpr or value is None or isinstance(value, bool)
-        is_integer = isinstance(value, int)
-        specialises = not parameter.do_not_specialize
-        if fixed or (is_integer and specialises and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], number = TYPES[value.dtype], value.data_ptr()
-        elif is_integer:
-            signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        name, value, path = parameter.name, values[parameter.name], (parameter.num,)
+        if parameter.is_constexpr:
+            signature[name], constants[path] = "constexpr", value
         else:
-            signature[name], number = "fp32", 1
-        if specialises and number % 16 == 0:
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            specialises = not parameter.do_not_specialize
+            signature[name] = _argument(value, path, specialises, constants, attributes)
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def resources(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
-    """Registers, stack and local memory a thread, shared memory a block, in bytes."""
-    kernel, args, named = launch
+def resources(
+    op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int, disassemble: bool
+) -> Any:
+    """Registers, stack and local memory a thread, shared memory a block, in bytes; and the
+    instructions of tensor cores, where asked for."""
+    kernel, _args, named = launch
     options = {name: named[name] for name in OPTIONS if name in named}
-    source = _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
+    source = _source_of(launch)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        dump = [str(CUOBJDUMP), "-res-usage", file.name]
+        dump = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+        code = ""
+        if disassemble:
+            dump = [str(TOOLS / "nvdisasm"), "-c", file.name]
+            code = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     assert found, text
     registers, stack, shared, local = map(int, found.groups())
     return {
+        "op": op,
         "kernel": kernel.fn.__name__,
+        "products": {n: len(re.findall(rf"\b{n}\.", code)) for n in ("HGMMA", "HMMA", "FFMA")},
         "capability": capability,
         "arguments": {k: v for k, v in source.signature.items() if v != "constexpr"},
         "constants": {".".join(map(str, k)): v for k, v in _named(source).items()},
@@ -100,12 +128,13 @@ def resources(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: i
         # the first counts what is reserved, the second what the launch asks for
         "shared": max(shared, compiled.metadata.shared),
         "threads": 32 * named.get("num_warps", 4),
+        "tiles": [named.get(n) for n in ("ROWS", "KEYS", "num_warps", "STAGES")],
     }
 
 
 def _named(source: ASTSource) -> dict[Any, Any]:
     names = source.fn.arg_names
-    return {(names[path[0]],): value for path, value in source.constants.items()}
+    return {(names[path[0]], *path[1:]): value for path, value in source.constants.items()}
 
 
 def row_statistics() -> Iterator[Any]:
@@ -195,18 +224,135 @@ def embedding_gru() -> Iterator[Any]:
     seen = set()
     for launch in recorder.launches:
         # steps differ in numbers that are not specialised
-        kernel, args, named = launch
-        source = _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
-        if (key := source.hash()) not in seen:
+        if (key := _source_of(launch).hash()) not in seen:
             seen.add(key)
             yield launch
 
 
+ATTENTION = ("forward_kernel", "dkdv_kernel", "dq_kernel")
+# head sizes, dtype and the options that choose tiles, the most of each kind
+KINDS = ("causal", "band", "scores", "all")
+SOME = {
+    80: [(128, "bfloat16", "causal"), (64, "bfloat16", "all"), (64, "float32", "all")],
+    90: [
+        (64, "bfloat16", "causal"),
+        (128, "bfloat16", "causal"),
+        (128, "float16", "band"),
+        (128, "bfloat16", "scores"),
+        (256, "bfloat16", "causal"),
+        (128, "bfloat16", "all"),
+    ],
+}
+EVERY = [
+    (size, dtype, kind)
+    for size in (64, 128, 256)
+    for dtype in ("bfloat16", "float32")
+    for kind in KINDS
+]
+
+
+def _attention_options(kind: str, rows: int, heads: int) -> tuple[Any, ...]:
+    """The arguments behind q, k and v; "band" in a packed batch, the others dense."""
+    starts = torch.zeros(5, dtype=torch.int32) if kind == "band" else None
+    numbers = (0.125, -1 if kind == "causal" else 100, 0)
+    if kind in ("causal", "band"):
+        return (
+            None,
+            None,
+            starts,
+            starts,
+            None,
+            torch.empty(heads),
+            None,
+            None,
+            *numbers,
+            0.0,
+            0.0,
+        )
+    lo = torch.zeros(1, 1, rows, dtype=torch.int32)
+    extra: tuple[Any, ...] = (torch.empty(heads), torch.empty(heads), None, None)
+    drop = 0.0
+    if kind == "all":
+        bias, seed = torch.empty(1, heads, rows, rows), torch.zeros((), dtype=torch.int64)
+        extra, drop = (*extra[:2], bias, seed), 0.1
+    return (lo, lo, None, None, *extra, *numbers, 30.0, drop)
+
+
+def attention(capability: int, everything: bool) -> Iterator[Any]:
+    """The table of tiles, with the most that a kind of mask and scores may hold."""
+    from fastlm.ops.attention import triton_backward, triton_bias, triton_forward, triton_rows
+    from fastlm.ops.attention import triton_kernels as shared
+
+    names = {
+        triton_forward: ("forward_kernel",),
+        triton_backward: ("dkdv_kernel", "dq_kernel"),
+        triton_rows: ("rows_kernel", "ranges_kernel"),
+        triton_bias: ("bias_kernel",),
+    }
+    recorders = [Recorder(module, *kernels) for module, kernels in names.items()]
+    before, shared.capability = shared.capability, lambda _: capability
+    rows, heads = 1024, 16
+    for size, dtype, kind in EVERY if everything else SOME[capability]:
+        batch = 1 if kind == "band" else 2
+        q = torch.empty(batch, rows, heads, size, dtype=getattr(torch, dtype))
+        k = torch.empty(batch, rows, heads // 2, size, dtype=q.dtype)
+        given = _attention_options(kind, rows, heads)
+        lse = torch.empty(batch, heads, rows)
+        triton_forward.forward(q, k, k, *given)
+        needs = [kind in ("scores", "all"), True, kind == "all"]
+        triton_backward.backward(q, lse, q, k, k, q, lse, *given, needs)
+    shared.capability = before
+    seen = set()
+    for recorder, (module, kernels) in zip(recorders, names.items(), strict=True):
+        for name in kernels:
+            setattr(module, name, getattr(module, name).kernel)
+        for launch in recorder.launches:
+            # the small kernels of one kind are those of another
+            key = str([launch[0].fn.__name__, _source_of(launch).hash(), launch[2].get("STAGES")])
+            if key not in seen:
+                seen.add(key)
+                yield launch
+
+
+def decode_attention() -> Iterator[Any]:
+    """Dense and paged caches, with and without what may be missing."""
+    from fastlm.ops.decode_attention import reference
+    from fastlm.ops.decode_attention import triton_kernels as kernels
+
+    recorder = Recorder(kernels, "part_kernel", "join_kernel")
+    ints = torch.zeros(2, dtype=torch.int32)
+    for dtype, size, paged in (
+        (torch.bfloat16, 128, True),
+        (torch.bfloat16, 256, False),
+        (torch.float32, 64, True),
+    ):
+        q = torch.empty(2, 1, 32, size, dtype=dtype)
+        slots = (40, 16) if paged else (2, 4096)
+        caches = torch.empty(*slots, 8, size, dtype=dtype)
+        table = torch.zeros(2, 300, dtype=torch.int32) if paged else None
+        row, heads = (None, torch.empty(32)) if paged else (ints, None)
+        numbers = (0.1, 100 if paged else -1, 0, 30.0 if paged else 0.0, 0)
+        given = reference.Options(table, row, row, heads, heads, *numbers)
+        kernels.forward(q, caches, caches, ints, given)
+    yield from recorder.launches
+
+
+def _source_of(launch: Any) -> ASTSource:
+    kernel, args, named = launch
+    return _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
+
+
 def main() -> None:
-    for launches in (row_statistics, linear_kl_div, embedding_gru):
+    everything = "--all" in sys.argv[1:]
+    for capability in CAPABILITIES:
+        for launch in attention(capability, everything):
+            disassemble = launch[0].fn.__name__ in ATTENTION
+            print(json.dumps(resources("attention", launch, capability, disassemble)), flush=True)
+    for launches in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
         for launch in launches():
             for capability in CAPABILITIES:
-                print(json.dumps(resources(launch, capability)), flush=True)
+                found = resources(launches.__name__, launch, capability, False)
+                print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

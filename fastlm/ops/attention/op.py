@@ -7,10 +7,11 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: cpu (everything but float64; the same bits on any number of threads, and for a sequence
-alone, in a batch or packed), reference (everything; blocks of query rows, memory O(S)), torch (the
-CPU flash kernel of PyTorch: full or square causal attention without the other options; its
-backward takes no gradient through lse).
+Backends: triton (everything but float64 and head sizes above 256; a packed sequence gives the bits
+that it gives alone), cpu (everything but float64; the same bits on any number of threads, and for a
+sequence alone, in a batch or packed), torch (the CPU flash kernel of PyTorch: full or square causal
+attention without the other options; its backward takes no gradient through lse), reference
+(everything; blocks of query rows, memory O(S)).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, extension, library
+from ... import checks, dispatch, extension, library, triton_backend
 from . import arguments, cpu_kernels, reference
 from .mask import AttnMask
 
@@ -154,6 +155,38 @@ def _torch_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     return None
 
 
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from . import triton_forward
+
+    return triton_forward.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    from . import triton_backward
+
+    return triton_backward.backward(*args)
+
+
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"takes head sizes to 256, not {max(q.shape[3], v.shape[3])}"
+    if max(q.shape[1], k.shape[1]) >= 2**28:
+        return "takes fewer than 2^28 rows"
+    return None
+
+
+dispatch.register(
+    "attention",
+    "triton",
+    _triton_forward,
+    _triton_backward,
+    devices=triton_backend.devices,
+    unavailable=triton_backend.unavailable,
+    refuses=_triton_refuses,
+    proven=False,
+)
 dispatch.register(
     "attention",
     "cpu",

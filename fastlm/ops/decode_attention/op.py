@@ -9,8 +9,9 @@ attends to nothing; float32, or float64 for float64. On the CPU lengths and indi
 raise IndexError before anything is written; on a GPU such a row is NaN and appends nothing.
 
 Backends: cpu (C++; float32, bfloat16, float16, head size to 1024; a row gives the same bits alone,
-in any batch and on any number of threads), reference (everything; on a GPU it gathers the whole
-cache).
+in any batch and on any number of threads), triton (all but float64 and heads above 256; keys in
+parts that follow from the capacity of the cache), reference (everything; on a GPU it gathers the
+whole cache).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch, extension, library
+from ... import dispatch, extension, library, triton_backend
 from . import arguments, reference
 
 _SHARED = (
@@ -156,6 +157,50 @@ def _cpu_refuses(q: Tensor, **_: Any) -> str | None:
     return "a head is larger than 1024" if q.shape[3] > 1024 else None
 
 
+def _triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *given: Any) -> Result:
+    from . import triton_kernels
+
+    arguments.check_values(k_cache, 0, lengths, *given[:3])
+    return triton_kernels.forward(q, k_cache, v_cache, lengths, reference.Options(*given))
+
+
+def _triton_append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    lengths: Tensor,
+    *given: Any,
+) -> Result:
+    from . import triton_kernels
+
+    arguments.check_values(k_cache, k_new.shape[1], lengths, *given[:3])
+    options = reference.Options(*given)
+    reference.append(k_cache, v_cache, k_new, v_new, lengths, options)
+    _bump(k_cache, v_cache)
+    total = reference.extended(lengths, k_new.shape[1])
+    return triton_kernels.forward(q, k_cache, v_cache, total, options)
+
+
+def _triton_refuses(q: Tensor, v_cache: Tensor, **_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    if max(q.shape[3], v_cache.shape[3]) > 256:
+        return f"takes head sizes to 256, not {max(q.shape[3], v_cache.shape[3])}"
+    return None
+
+
+for _op, _call in (("decode_attention", _triton), ("decode_attention_append", _triton_append)):
+    dispatch.register(
+        _op,
+        "triton",
+        _call,
+        devices=triton_backend.devices,
+        unavailable=triton_backend.unavailable,
+        refuses=_triton_refuses,
+        proven=False,
+    )
 for _op, _call in (("decode_attention", _cpu), ("decode_attention_append", _cpu_append)):
     dispatch.register(
         _op,
