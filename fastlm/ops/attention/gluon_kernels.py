@@ -1,0 +1,454 @@
+"""Attention forward for Hopper (sm_90a) in Gluon, Triton's language with explicit synchronisation.
+
+A block owns `64 * groups` query rows of one head. One warp, the producer, moves tiles into shared
+memory with TMA; `groups` warpgroups of 64 rows each consume them, from the last key to the first:
+    S_j = Q K_j^T and O += P_(j-1) V_(j-1) are issued together; the softmax of S_j runs under the
+    second product; so the tensor cores wait for the exponentials of one tile only.
+Every stage of K and V has a barrier "full" (bytes arrived) and one "empty" (all groups have read).
+
+Source: Shah et al. 2024 (arXiv:2407.08608), sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)  # of a warpgroup: what one wgmma takes
+# a never-taken store that needs every row sum, hence every exponential: without it ptxas moves the
+# wait for O above the softmax, and nothing overlaps. Sums are >= 0, and NaN compares false
+PIN = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; "
+    "@p st.shared.f32 [a], $1; mov.b32 $0, $1; }"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compiled in: tile sizes, and which of the options a call has."""
+
+    size: int  # of a head, of K and V alike
+    keys: int  # of a tile
+    stages: int
+    groups: int  # consumer warpgroups
+    left: bool  # whether the band is limited on this side
+    right: bool
+    intervals: bool
+    packed: bool
+    softcap: bool
+    sink: bool
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def lanes(self) -> int:
+        return 128 if self.groups == 2 else 256
+
+    # of the scores [64, keys], of O [64, size], of P as an operand, and of a store of 16 bytes
+    @property
+    def score_layout(self) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.keys, 16])
+
+    @property
+    def score_rows(self) -> gl.SliceLayout:
+        return gl.SliceLayout(1, self.score_layout)
+
+    @property
+    def out_layout(self) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.size, 16])
+
+    @property
+    def out_rows(self) -> gl.SliceLayout:
+        return gl.SliceLayout(1, self.out_layout)
+
+    @property
+    def operand_layout(self) -> gl.DotOperandLayout:
+        return gl.DotOperandLayout(0, self.out_layout, 2)
+
+    @property
+    def store_layout(self) -> gl.BlockedLayout:
+        across = self.size // 8
+        return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+# -- which rows and keys: formulas on scalars and tensors -----------------------------------------
+
+
+@gluon.jit
+def row_limits(place, rows, keys, left, right, cfg: gl.constexpr):
+    """Keys [low, high) of the row with this place in a sequence of `rows` queries, `keys` keys."""
+    diagonal = place + (keys - rows)
+    low = gl.maximum(diagonal * 0, 0)
+    high = low + keys
+    if cfg.left:
+        low = gl.maximum(diagonal - left, 0)
+    if cfg.right:
+        high = gl.minimum(diagonal + right + 1, high)
+    return low, high
+
+
+@gluon.jit
+def tile_range(low_min, low_max, high_min, high_max, cfg: gl.constexpr):
+    """One past the last tile of keys; how many tiles there are; and, counted from the last one,
+    where the tiles begin that no row masks, and where they end."""
+    size: gl.constexpr = cfg.keys
+    first = low_min // size
+    last = (gl.maximum(high_max, 0) + (size - 1)) // size
+    count = gl.maximum(last - first, 0)
+    open_first = gl.minimum(gl.maximum((low_max + (size - 1)) // size, first), last)
+    open_last = gl.minimum(gl.maximum(gl.maximum(high_min, 0) // size, first), last)
+    head = last - open_last
+    return last, count, head, gl.maximum(last - open_first, head)
+
+
+@gluon.jit
+def schedule(program, tiles, heads, section):
+    """(tile, head of the batch): late tiles first, as causal ones are longest; `section` heads at a
+    time, whose keys and values stay in the L2 cache."""
+    begin = program // (section * tiles) * section
+    inside = program - begin * tiles
+    width = gl.minimum(section, heads - begin)
+    return tiles - 1 - inside // width, begin + inside % width
+
+
+@gluon.jit
+def find_sequence(slot, starts, sequences, cfg: gl.constexpr):
+    """The sequence that a slot of tiles belongs to. Sequence s has the slots from
+    start_s // rows + s on, which are enough whatever its length; the rows behind the last sequence
+    are one more."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    found = slot * 0 - 1
+    for begin in range(0, sequences + 1, 128):
+        index = begin + gl.arange(0, 128, layout=layout)
+        start = gl.load(starts + index, mask=index <= sequences, other=0)
+        is_before = (start // cfg.rows + index <= slot) & (index <= sequences)
+        found += gl.sum(is_before.to(gl.int32), 0)
+    return gl.minimum(gl.maximum(found, 0), sequences)
+
+
+@gluon.jit
+def interval_range(place, valid, lows, highs, first_key, rows, keys, left, right, cfg: gl.constexpr):
+    """Least and greatest low and high over the rows of a block that have a key."""
+    low, high = row_limits(place, rows, keys, left, right, cfg)
+    low = gl.maximum(low, gl.load(lows + place, mask=valid, other=0) - first_key)
+    high = gl.minimum(high, gl.load(highs + place, mask=valid, other=0) - first_key)
+    is_empty = valid & (high <= low)
+    low_min = gl.min(gl.where(valid & (high > low), low, keys), 0)
+    low_max = gl.max(gl.where(is_empty, keys, gl.where(valid, low, 0)), 0)
+    high_max = gl.max(gl.where(valid & (high > low), high, 0), 0)
+    high_min = gl.min(gl.where(is_empty, 0, gl.where(valid, high, keys)), 0)
+    return low_min, low_max, high_min, high_max
+
+
+# -- the two roles --------------------------------------------------------------------------------
+
+
+@gluon.jit
+def produce(descs, smem, bars, where, work, cfg: gl.constexpr):
+    """Loads Q once, then the tiles of K and V in the order in which they are consumed."""
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem = smem
+    q_full, k_full, k_empty, v_full, v_empty = bars
+    batch, head, key_head, row, first_key, keys = where
+    last, count, _, _ = work
+    if count > 0:
+        mbarrier.expect(q_full, cfg.rows * cfg.size * 2)
+        groups: gl.constexpr = cfg.groups
+        for group in gl.static_range(groups):
+            target = q_smem.index(group)
+            tma.async_copy_global_to_shared(
+                q_desc, [batch, head, row + group * ROWS, 0], q_full, target
+            )
+    for j in range(0, count):
+        stage = j % cfg.stages
+        phase = ((j // cfg.stages) & 1) ^ 1
+        key = (last - 1 - j) * cfg.keys
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), cfg.keys * cfg.size * 2)
+        tma.async_copy_global_to_shared(
+            k_desc,
+            [batch, key_head, first_key + key, 0],
+            k_full.index(stage),
+            k_smem.index(stage),
+        )
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), cfg.keys * cfg.size * 2)
+        if cfg.packed:
+            # rows behind the sequence are zeros: see `value_descriptor`
+            place = [BILLION, first_key + keys, key_head, BILLION - keys + key, 0]
+        else:
+            place = [batch, key_head, key, 0]
+        tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_smem.index(stage))
+
+
+BILLION = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def scores(q, k_smem, stage, zero, cfg: gl.constexpr):
+    k = k_smem.index(stage).reshape((cfg.keys, cfg.size))
+    return hopper.warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def values(p, v_smem, stage, acc, cfg: gl.constexpr):
+    v = v_smem.index(stage).reshape((cfg.keys, cfg.size))
+    return hopper.warpgroup_mma(p, v, acc, is_async=True)
+
+
+@gluon.jit
+def logits(s, column, key, limits, numbers, MASKED: gl.constexpr, cfg: gl.constexpr):
+    """Softcap, and -inf outside the limits of a row; `key` is the first one of the tile."""
+    low, high = limits
+    _, inner, cap = numbers
+    if cfg.softcap:
+        # c tanh(x) = c - 2c / (e^2x + 1), in base 2
+        s = cap - (cap + cap) / (gl.exp2(s * inner) + 1.0)
+    if MASKED:
+        keep = gl.expand_dims(column, 0) < gl.expand_dims(high - key, 1)
+        if cfg.left or cfg.intervals:
+            keep = keep & (gl.expand_dims(column, 0) >= gl.expand_dims(low - key, 1))
+        s = gl.where(keep, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def softmax(s, top, total, factor):
+    """p = 2^(s - top) unnormalised, with the new top and total; `shrink` is for earlier sums."""
+    best = gl.maximum(top, gl.max(s, 1) * factor)
+    # a row without a key so far: no -inf - -inf
+    base = gl.where(best == float("-inf"), 0.0, best)
+    shrink = gl.exp2(top - base)
+    p = gl.exp2(s * factor - gl.expand_dims(base, 1))
+    return p, shrink, best, total * shrink + gl.sum(p, 1)
+
+
+@gluon.jit
+def step(
+    j, acc, p, top, total, q, column, limits, smem, bars, last, numbers,
+    MASKED: gl.constexpr, cfg: gl.constexpr,
+):  # fmt: skip
+    """Scores of tile j with the product of tile j - 1; `p` goes in for j - 1 and out for j."""
+    _, k_smem, v_smem = smem
+    _, k_full, k_empty, v_full, v_empty = bars
+    stage = j % cfg.stages
+    before = (j - 1) % cfg.stages
+    zero = gl.full([ROWS, cfg.keys], 0.0, gl.float32, layout=cfg.score_layout)
+    mbarrier.wait(k_full.index(stage), (j // cfg.stages) & 1)
+    s = scores(q, k_smem, stage, zero, cfg)
+    mbarrier.wait(v_full.index(before), ((j - 1) // cfg.stages) & 1)
+    acc = values(p, v_smem, before, acc, cfg)
+    s = hopper.warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    s = logits(s, column, (last - 1 - j) * cfg.keys, limits, numbers, MASKED, cfg)
+    p, shrink, top, total = softmax(s, top, total, numbers[0])
+    total = gl.inline_asm_elementwise(
+        PIN, "=r,r", [total], dtype=gl.float32, is_pure=False, pack=1
+    )
+    acc, total = hopper.warpgroup_mma_wait(0, deps=[acc, total])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(shrink, cfg.out_rows), 1)
+    return acc, narrow(p, smem, cfg), top, total
+
+
+@gluon.jit
+def narrow(p, smem, cfg: gl.constexpr):
+    return gl.convert_layout(p.to(smem[0].dtype), cfg.operand_layout)
+
+
+@gluon.jit
+def consume(
+    GROUP: gl.constexpr, smem, bars, where, work, mask, numbers, result, cfg: gl.constexpr
+):  # fmt: skip
+    """64 query rows."""
+    q_smem, k_smem, v_smem = smem
+    q_full, k_full, k_empty, v_full, v_empty = bars
+    batch, head, key_head, row, first_key, keys = where
+    last, count, head_tiles, open_tiles = work
+    place, rows, left, right, lows, highs = mask
+    place += GROUP * ROWS + gl.arange(0, ROWS, layout=cfg.score_rows)
+    valid = place < rows
+    limits = row_limits(place, rows, keys, left, right, cfg)
+    if cfg.intervals:
+        low = gl.maximum(limits[0], gl.load(lows + place, mask=valid, other=0) - first_key)
+        high = gl.minimum(limits[1], gl.load(highs + place, mask=valid, other=0) - first_key)
+        limits = (low, high)
+    column = gl.arange(0, cfg.keys, layout=gl.SliceLayout(0, cfg.score_layout))
+    top = gl.full([ROWS], float("-inf"), gl.float32, layout=cfg.score_rows)
+    total = gl.full([ROWS], 0.0, gl.float32, layout=cfg.score_rows)
+    acc = gl.full([ROWS, cfg.size], 0.0, gl.float32, layout=cfg.out_layout)
+    if count > 0:
+        q = q_smem.index(GROUP).reshape((ROWS, cfg.size))
+        zero = gl.full([ROWS, cfg.keys], 0.0, gl.float32, layout=cfg.score_layout)
+        mbarrier.wait(q_full, 0)
+        mbarrier.wait(k_full.index(0), 0)
+        s = hopper.warpgroup_mma_wait(0, deps=[scores(q, k_smem, 0, zero, cfg)])
+        mbarrier.arrive(k_empty.index(0), count=1)
+        s = logits(s, column, (last - 1) * cfg.keys, limits, numbers, True, cfg)
+        p, _, top, total = softmax(s, top, total, numbers[0])
+        p = narrow(p, smem, cfg)
+        if cfg.right or cfg.intervals:
+            for j in range(1, head_tiles):
+                acc, p, top, total = step(
+                    j, acc, p, top, total, q, column, limits, smem, bars, last, numbers, True, cfg
+                )
+        for j in range(gl.maximum(head_tiles, 1), open_tiles):
+            acc, p, top, total = step(
+                j, acc, p, top, total, q, column, limits, smem, bars, last, numbers, False, cfg
+            )
+        if cfg.left or cfg.intervals:
+            for j in range(gl.maximum(open_tiles, 1), count):
+                acc, p, top, total = step(
+                    j, acc, p, top, total, q, column, limits, smem, bars, last, numbers, True, cfg
+                )
+        stage = (count - 1) % cfg.stages
+        mbarrier.wait(v_full.index(stage), ((count - 1) // cfg.stages) & 1)
+        acc = hopper.warpgroup_mma_wait(0, deps=[values(p, v_smem, stage, acc, cfg)])
+    finish(GROUP, acc, top, total, smem, place, valid, result, cfg)
+
+
+@gluon.jit
+def finish(
+    GROUP: gl.constexpr, acc, top, total, smem, place, valid, result, cfg: gl.constexpr
+):
+    """Divides, and stores through the memory of Q in rows of 16 bytes a thread."""
+    sink, out, lse = result
+    scale = gl.full([ROWS], 1.0, gl.float32, layout=cfg.score_rows)
+    if cfg.sink:
+        best = gl.maximum(top, sink)
+        base = gl.where(best == float("-inf"), 0.0, best)
+        scale = gl.exp2(top - base)
+        total = total * scale + gl.exp2(sink - base)
+        top = best
+    base = gl.where(top == float("-inf"), 0.0, top)
+    gl.store(lse[0] + place.to(gl.int64) * lse[1], (base + gl.log2(total)) * LN2, mask=valid)
+    # a row without a key: 0 / 1
+    scale = scale / gl.where(total == 0.0, 1.0, total)
+    acc = acc * gl.expand_dims(gl.convert_layout(scale, cfg.out_rows), 1)
+    buffer = smem[0].index(GROUP).reshape((ROWS, cfg.size))
+    buffer.store(acc.to(buffer.dtype))
+    line = buffer.load(cfg.store_layout)
+    at = gl.convert_layout(place, gl.SliceLayout(1, cfg.store_layout))
+    column = gl.arange(0, cfg.size, layout=gl.SliceLayout(0, cfg.store_layout))
+    target = out[0] + gl.expand_dims(at.to(gl.int64) * out[1], 1) + gl.expand_dims(column, 0)
+    gl.store(target, line, mask=gl.expand_dims(gl.convert_layout(valid, gl.SliceLayout(1, cfg.store_layout)), 1))
+
+
+@gluon.jit
+def forward_kernel(
+    q_desc, k_desc, v_desc, out, lse, starts_q, starts_k, lows, highs, sinks,
+    rows, keys, heads, group, tiles, section, sequences,
+    low_batch, low_head, high_batch, high_head, left, right, factor, inner, cap,
+    cfg: gl.constexpr,
+):  # fmt: skip
+    """out [B, Sq, H, D] and lse [B, H, Sq]; lows and highs [B|1, H|1, Sq] of keys, or unused."""
+    tile, index = schedule(gl.program_id(0), tiles, gl.num_programs(0) // tiles, section)
+    batch = index // heads
+    head = index % heads
+    first_row = 0
+    first_key = 0
+    all_rows = rows
+    place = tile * cfg.rows
+    if cfg.packed:
+        all_keys = keys
+        sequence = find_sequence(tile, starts_q, sequences, cfg)
+        first_row = bounded(gl.load(starts_q + sequence), 0, all_rows)
+        first_key = bounded(gl.load(starts_k + sequence), 0, all_keys)
+        place = (tile - (first_row // cfg.rows + sequence)) * cfg.rows
+        is_last = sequence == sequences
+        beyond = gl.minimum(sequence + 1, sequences)
+        stop = bounded(gl.load(starts_q + beyond), first_row, all_rows)
+        rows = gl.where(is_last, all_rows, stop) - first_row
+        keys = bounded(gl.load(starts_k + beyond), first_key, all_keys) - first_key
+    if cfg.intervals:
+        lows += batch.to(gl.int64) * low_batch + head.to(gl.int64) * low_head + first_row
+        highs += batch.to(gl.int64) * high_batch + head.to(gl.int64) * high_head + first_row
+    smem = (
+        gl.allocate_shared_memory(q_desc.dtype, [cfg.groups, 1, 1, ROWS, cfg.size], q_desc.layout),
+        gl.allocate_shared_memory(
+            k_desc.dtype, [cfg.stages, 1, 1, cfg.keys, cfg.size], k_desc.layout
+        ),
+        gl.allocate_shared_memory(
+            v_desc.dtype, [cfg.stages] + v_desc.block_shape, v_desc.layout
+        ),
+    )
+    bars = barriers(cfg)
+    end = gl.minimum(place + cfg.rows, rows) - 1
+    if cfg.intervals:
+        lane = place + gl.arange(0, cfg.lanes, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        low_min, low_max, high_min, high_max = interval_range(
+            lane, lane <= end, lows, highs, first_key, rows, keys, left, right, cfg
+        )
+    else:
+        low_min, high_min = row_limits(place, rows, keys, left, right, cfg)
+        low_max, high_max = row_limits(end, rows, keys, left, right, cfg)
+    # a slot behind the last row of its sequence has nothing to do
+    high_max = gl.where(place < rows, high_max, 0)
+    low_min = gl.where(place < rows, low_min, 0)
+    last, count, head_tiles, open_tiles = tile_range(low_min, low_max, high_min, high_max, cfg)
+    sink = 0.0
+    if cfg.sink:
+        sink = gl.load(sinks + head).to(gl.float32) * LOG2E
+    where = (batch, head, head // group, first_row + place, first_key, keys)
+    work = (last, count, head_tiles, open_tiles)
+    mask = (place, rows, left, right, lows, highs)
+    line = batch.to(gl.int64) * all_rows + first_row
+    out = (out + (line * heads + head) * cfg.size, heads * cfg.size)
+    lse = (lse + (batch.to(gl.int64) * heads + head) * all_rows + first_row, 1)
+    numbers = (factor, inner, cap)
+    result = (sink, out, lse)
+    descs = (q_desc, k_desc, v_desc)
+    if cfg.groups == 2:
+        gl.warp_specialize(
+            [
+                (consume, (0, smem, bars, where, work, mask, numbers, result, cfg)),
+                (consume, (1, smem, bars, where, work, mask, numbers, result, cfg)),
+                (produce, (descs, smem, bars, where, work, cfg)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, smem, bars, where, work, mask, numbers, result, cfg)),
+                (consume, (1, smem, bars, where, work, mask, numbers, result, cfg)),
+                (consume, (2, smem, bars, where, work, mask, numbers, result, cfg)),
+                (produce, (descs, smem, bars, where, work, cfg)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+
+
+@gluon.jit
+def bounded(value, least, most):
+    return gl.minimum(gl.maximum(value, least), most)
+
+
+@gluon.jit
+def barriers(cfg: gl.constexpr):
+    """q_full, k_full, k_empty, v_full, v_empty."""
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    k_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    v_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    v_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    mbarrier.init(q_full, count=1)
+    stages: gl.constexpr = cfg.stages
+    for stage in gl.static_range(stages):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=cfg.groups)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=cfg.groups)
+    hopper.fence_async_shared()
+    return q_full, k_full, k_empty, v_full, v_empty
