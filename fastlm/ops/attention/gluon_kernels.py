@@ -62,6 +62,18 @@ class Config:
         return gl.SliceLayout(1, self.score_layout)
 
     @property
+    def quad_layout(self) -> gl.DistributedLinearLayout:
+        """The scores as [64, keys / 8, 4, 2]."""
+        bits = (self.keys // 8).bit_length() - 1
+        return gl.DistributedLinearLayout(
+            [[0, 0, 0, 1], [8, 0, 0, 0], *([0, 1 << bit, 0, 0] for bit in range(bits))],
+            [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+            [[16, 0, 0, 0], [32, 0, 0, 0]],
+            [],
+            [64, self.keys // 8, 4, 2],
+        )
+
+    @property
     def out_layout(self) -> gl.NVMMADistributedLayout:
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.size, 16])
 
@@ -204,8 +216,34 @@ def values(p, v_smem, stage, acc, cfg: gl.constexpr):
     return hopper.warpgroup_mma(p, v, acc, is_async=True)
 
 
+# A thread has columns 8 a + 2 l + b of two rows, l its place among four lanes. Compared are the
+# constants 8 a + b with bound - 2 l: columns as they are would hold a register each.
+
+
 @gluon.jit
-def logits(s, column, key, limits, numbers, MASKED: gl.constexpr, cfg: gl.constexpr):
+def quad_columns(cfg: gl.constexpr):
+    pairs: gl.constexpr = gl.SliceLayout(3, cfg.quad_layout)
+    eights: gl.constexpr = gl.SliceLayout(2, pairs)
+    a = gl.arange(0, cfg.keys // 8, layout=gl.SliceLayout(0, eights))
+    a = gl.expand_dims(gl.expand_dims(gl.expand_dims(a, 0), 2), 3)
+    first: gl.constexpr = gl.SliceLayout(0, cfg.quad_layout)
+    b = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, first)))
+    b = gl.expand_dims(gl.expand_dims(gl.expand_dims(b, 0), 1), 0)
+    return 8 * a + b
+
+
+@gluon.jit
+def quad_bound(bound, cfg: gl.constexpr):
+    pairs: gl.constexpr = gl.SliceLayout(3, cfg.quad_layout)
+    row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, pairs))
+    bound = gl.convert_layout(bound, row)
+    bound = gl.expand_dims(gl.expand_dims(gl.expand_dims(bound, 1), 2), 3)
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, pairs)))
+    return bound - 2 * gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
+
+
+@gluon.jit
+def logits(s, key, limits, numbers, MASKED: gl.constexpr, cfg: gl.constexpr):
     """Softcap, and -inf outside the limits of a row; `key` is the first one of the tile."""
     low, high = limits
     _, inner, cap = numbers
@@ -213,10 +251,17 @@ def logits(s, column, key, limits, numbers, MASKED: gl.constexpr, cfg: gl.conste
         # c tanh(x) = c - 2c / (e^2x + 1), in base 2
         s = cap - (cap + cap) / (gl.exp2(s * inner) + 1.0)
     if MASKED:
-        keep = gl.expand_dims(column, 0) < gl.expand_dims(high - key, 1)
+        quads = gl.convert_layout(
+            s.reshape((ROWS, cfg.keys // 8, 4, 2)), cfg.quad_layout, assert_trivial=True
+        )
+        place = quad_columns(cfg)
+        keep = place < quad_bound(high - key, cfg)
         if cfg.left or cfg.intervals:
-            keep = keep & (gl.expand_dims(column, 0) >= gl.expand_dims(low - key, 1))
-        s = gl.where(keep, s, float("-inf"))
+            keep = keep & (place >= quad_bound(low - key, cfg))
+        quads = gl.where(keep, quads, float("-inf"))
+        s = gl.convert_layout(
+            quads.reshape((ROWS, cfg.keys)), cfg.score_layout, assert_trivial=True
+        )
     return s
 
 
@@ -233,7 +278,7 @@ def softmax(s, top, total, factor):
 
 @gluon.jit
 def step(
-    j, acc, p, top, total, q, column, limits, smem, bars, last, numbers,
+    j, acc, p, top, total, q, limits, smem, bars, last, numbers,
     MASKED: gl.constexpr, cfg: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j with the product of tile j - 1; `p` goes in for j - 1 and out for j."""
@@ -242,13 +287,14 @@ def step(
     stage = j % cfg.stages
     before = (j - 1) % cfg.stages
     zero = gl.full([ROWS, cfg.keys], 0.0, gl.float32, layout=cfg.score_layout)
+    operand = unpacked(p, smem[0].dtype, cfg)
     mbarrier.wait(k_full.index(stage), (j // cfg.stages) & 1)
     s = scores(q, k_smem, stage, zero, cfg)
     mbarrier.wait(v_full.index(before), ((j - 1) // cfg.stages) & 1)
-    acc = values(p, v_smem, before, acc, cfg)
+    acc = values(operand, v_smem, before, acc, cfg)
     s = hopper.warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    s = logits(s, column, (last - 1 - j) * cfg.keys, limits, numbers, MASKED, cfg)
+    s = logits(s, (last - 1 - j) * cfg.keys, limits, numbers, MASKED, cfg)
     p, shrink, top, total = softmax(s, top, total, numbers[0])
     total = gl.inline_asm_elementwise(
         PIN, "=r,r", [total], dtype=gl.float32, is_pure=False, pack=1
@@ -256,12 +302,28 @@ def step(
     acc, total = hopper.warpgroup_mma_wait(0, deps=[acc, total])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, cfg.out_rows), 1)
-    return acc, narrow(p, smem, cfg), top, total
+    return acc, packed(p, smem[0].dtype, cfg), top, total
 
 
 @gluon.jit
-def narrow(p, smem, cfg: gl.constexpr):
-    return gl.convert_layout(p.to(smem[0].dtype), cfg.operand_layout)
+def packed(p, dtype: gl.constexpr, cfg: gl.constexpr):
+    """Two neighbours in 32 bits: 16-bit values would take a register each across the loop."""
+    first, second = gl.split(p.reshape((ROWS, cfg.keys // 2, 2)))
+    if dtype == gl.bfloat16:
+        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    else:
+        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(
+        asm, "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpacked(pairs, dtype: gl.constexpr, cfg: gl.constexpr):
+    first = pairs.to(gl.int16).to(dtype, bitcast=True)
+    second = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
+    p = gl.join(first, second).reshape((ROWS, cfg.keys))
+    return gl.convert_layout(p, cfg.operand_layout)
 
 
 @gluon.jit
@@ -281,7 +343,6 @@ def consume(
         low = gl.maximum(limits[0], gl.load(lows + place, mask=valid, other=0) - first_key)
         high = gl.minimum(limits[1], gl.load(highs + place, mask=valid, other=0) - first_key)
         limits = (low, high)
-    column = gl.arange(0, cfg.keys, layout=gl.SliceLayout(0, cfg.score_layout))
     top = gl.full([ROWS], float("-inf"), gl.float32, layout=cfg.score_rows)
     total = gl.full([ROWS], 0.0, gl.float32, layout=cfg.score_rows)
     acc = gl.full([ROWS, cfg.size], 0.0, gl.float32, layout=cfg.out_layout)
@@ -292,26 +353,26 @@ def consume(
         mbarrier.wait(k_full.index(0), 0)
         s = hopper.warpgroup_mma_wait(0, deps=[scores(q, k_smem, 0, zero, cfg)])
         mbarrier.arrive(k_empty.index(0), count=1)
-        s = logits(s, column, (last - 1) * cfg.keys, limits, numbers, True, cfg)
+        s = logits(s, (last - 1) * cfg.keys, limits, numbers, True, cfg)
         p, _, top, total = softmax(s, top, total, numbers[0])
-        p = narrow(p, smem, cfg)
+        p = packed(p, smem[0].dtype, cfg)
         if cfg.right or cfg.intervals:
             for j in range(1, head_tiles):
                 acc, p, top, total = step(
-                    j, acc, p, top, total, q, column, limits, smem, bars, last, numbers, True, cfg
+                    j, acc, p, top, total, q, limits, smem, bars, last, numbers, True, cfg
                 )
         for j in range(gl.maximum(head_tiles, 1), open_tiles):
             acc, p, top, total = step(
-                j, acc, p, top, total, q, column, limits, smem, bars, last, numbers, False, cfg
+                j, acc, p, top, total, q, limits, smem, bars, last, numbers, False, cfg
             )
         if cfg.left or cfg.intervals:
             for j in range(gl.maximum(open_tiles, 1), count):
                 acc, p, top, total = step(
-                    j, acc, p, top, total, q, column, limits, smem, bars, last, numbers, True, cfg
+                    j, acc, p, top, total, q, limits, smem, bars, last, numbers, True, cfg
                 )
         stage = (count - 1) % cfg.stages
         mbarrier.wait(v_full.index(stage), ((count - 1) // cfg.stages) & 1)
-        acc = hopper.warpgroup_mma_wait(0, deps=[values(p, v_smem, stage, acc, cfg)])
+        acc = hopper.warpgroup_mma_wait(0, deps=[values(unpacked(p, smem[0].dtype, cfg), v_smem, stage, acc, cfg)])
     finish(GROUP, acc, top, total, smem, place, valid, result, cfg)
 
 
