@@ -11,16 +11,38 @@ Source: Shah et al. 2024 (arXiv:2407.08608), sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # of a warpgroup: what one wgmma takes
+from .gluon_common import (
+    BILLION,
+    LN2,
+    LOG2E,
+    ROWS,
+    Config,
+    bounded,
+    descriptor,
+    find_sequence,
+    interval_range,
+    packed,
+    quad_bound,
+    quad_columns,
+    row_limits,
+    rows_last,
+    schedule,
+    steps_of,
+    tile_range,
+    unpacked,
+    value_descriptor,
+)
+from .reference import Options
+
 # a never-taken store that needs every row sum, hence every exponential: without it ptxas moves the
 # wait for O above the softmax, and nothing overlaps. Sums are >= 0, and NaN compares false
 PIN = gl.constexpr(
@@ -28,137 +50,11 @@ PIN = gl.constexpr(
     "@p st.shared.f32 [a], $1; mov.b32 $0, $1; }"
 )
 
-
-@dataclass(frozen=True)
-class Config:
-    """What is compiled in: tile sizes, and which of the options a call has."""
-
-    size: int  # of a head, of K and V alike
-    keys: int  # of a tile
-    stages: int
-    groups: int  # consumer warpgroups
-    left: bool  # whether the band is limited on this side
-    right: bool
-    intervals: bool
-    packed: bool
-    softcap: bool
-    sink: bool
-
-    @property
-    def rows(self) -> int:
-        return 64 * self.groups
-
-    @property
-    def lanes(self) -> int:
-        return 128 if self.groups == 2 else 256
-
-    # of the scores [64, keys], of O [64, size], of P as an operand, and of a store of 16 bytes
-    @property
-    def score_layout(self) -> gl.NVMMADistributedLayout:
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.keys, 16])
-
-    @property
-    def score_rows(self) -> gl.SliceLayout:
-        return gl.SliceLayout(1, self.score_layout)
-
-    @property
-    def quad_layout(self) -> gl.DistributedLinearLayout:
-        """The scores as [64, keys / 8, 4, 2]."""
-        bits = (self.keys // 8).bit_length() - 1
-        return gl.DistributedLinearLayout(
-            [[0, 0, 0, 1], [8, 0, 0, 0], *([0, 1 << bit, 0, 0] for bit in range(bits))],
-            [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
-            [[16, 0, 0, 0], [32, 0, 0, 0]],
-            [],
-            [64, self.keys // 8, 4, 2],
-        )
-
-    @property
-    def out_layout(self) -> gl.NVMMADistributedLayout:
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.size, 16])
-
-    @property
-    def out_rows(self) -> gl.SliceLayout:
-        return gl.SliceLayout(1, self.out_layout)
-
-    @property
-    def operand_layout(self) -> gl.DotOperandLayout:
-        return gl.DotOperandLayout(0, self.out_layout, 2)
-
-    @property
-    def store_layout(self) -> gl.BlockedLayout:
-        across = self.size // 8
-        return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-
-
-# -- which rows and keys: formulas on scalars and tensors -----------------------------------------
-
-
-@gluon.jit
-def row_limits(place, rows, keys, left, right, cfg: gl.constexpr):
-    """Keys [low, high) of the row with this place in a sequence of `rows` queries, `keys` keys."""
-    diagonal = place + (keys - rows)
-    low = gl.maximum(diagonal * 0, 0)
-    high = low + keys
-    if cfg.left:
-        low = gl.maximum(diagonal - left, 0)
-    if cfg.right:
-        high = gl.minimum(diagonal + right + 1, high)
-    return low, high
-
-
-@gluon.jit
-def tile_range(low_min, low_max, high_min, high_max, cfg: gl.constexpr):
-    """One past the last tile of keys; how many tiles there are; and, counted from the last one,
-    where the tiles begin that no row masks, and where they end."""
-    size: gl.constexpr = cfg.keys
-    first = low_min // size
-    last = (gl.maximum(high_max, 0) + (size - 1)) // size
-    count = gl.maximum(last - first, 0)
-    open_first = gl.minimum(gl.maximum((low_max + (size - 1)) // size, first), last)
-    open_last = gl.minimum(gl.maximum(gl.maximum(high_min, 0) // size, first), last)
-    head = last - open_last
-    return last, count, head, gl.maximum(last - open_first, head)
-
-
-@gluon.jit
-def schedule(program, tiles, heads, section):
-    """(tile, head of the batch): late tiles first, as causal ones are longest; `section` heads at a
-    time, whose keys and values stay in the L2 cache."""
-    begin = program // (section * tiles) * section
-    inside = program - begin * tiles
-    width = gl.minimum(section, heads - begin)
-    return tiles - 1 - inside // width, begin + inside % width
-
-
-@gluon.jit
-def find_sequence(slot, starts, sequences, cfg: gl.constexpr):
-    """The sequence that a slot of tiles belongs to. Sequence s has the slots from
-    start_s // rows + s on, which are enough whatever its length; the rows behind the last sequence
-    are one more."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    found = slot * 0 - 1
-    for begin in range(0, sequences + 1, 128):
-        index = begin + gl.arange(0, 128, layout=layout)
-        start = gl.load(starts + index, mask=index <= sequences, other=0)
-        is_before = (start // cfg.rows + index <= slot) & (index <= sequences)
-        found += gl.sum(is_before.to(gl.int32), 0)
-    return gl.minimum(gl.maximum(found, 0), sequences)
-
-
-@gluon.jit
-def interval_range(place, valid, lows, highs, first_key, rows, keys, left, right, cfg: gl.constexpr):
-    """Least and greatest low and high over the rows of a block that have a key."""
-    low, high = row_limits(place, rows, keys, left, right, cfg)
-    low = gl.maximum(low, gl.load(lows + place, mask=valid, other=0) - first_key)
-    high = gl.minimum(high, gl.load(highs + place, mask=valid, other=0) - first_key)
-    is_empty = valid & (high <= low)
-    low_min = gl.min(gl.where(valid & (high > low), low, keys), 0)
-    low_max = gl.max(gl.where(is_empty, keys, gl.where(valid, low, 0)), 0)
-    high_max = gl.max(gl.where(valid & (high > low), high, 0), 0)
-    high_min = gl.min(gl.where(is_empty, 0, gl.where(valid, high, keys)), 0)
-    return low_min, low_max, high_min, high_max
-
+INTEGERS = (
+    "rows", "keys", "heads", "group", "tiles", "section", "sequences",
+    "left", "right", "low_batch", "low_head", "high_batch", "high_head",
+)  # fmt: skip
+L2_BYTES = 32 << 20  # what the keys and values of the heads at work may take of the cache
 
 # -- the two roles --------------------------------------------------------------------------------
 
@@ -194,14 +90,10 @@ def produce(descs, smem, bars, where, work, cfg: gl.constexpr):
         mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_full.index(stage), cfg.keys * cfg.size * 2)
         if cfg.packed:
-            # rows behind the sequence are zeros: see `value_descriptor`
             place = [BILLION, first_key + keys, key_head, BILLION - keys + key, 0]
         else:
             place = [batch, key_head, key, 0]
         tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_smem.index(stage))
-
-
-BILLION = gl.constexpr(1 << 30)
 
 
 @gluon.jit
@@ -214,32 +106,6 @@ def scores(q, k_smem, stage, zero, cfg: gl.constexpr):
 def values(p, v_smem, stage, acc, cfg: gl.constexpr):
     v = v_smem.index(stage).reshape((cfg.keys, cfg.size))
     return hopper.warpgroup_mma(p, v, acc, is_async=True)
-
-
-# A thread has columns 8 a + 2 l + b of two rows, l its place among four lanes. Compared are the
-# constants 8 a + b with bound - 2 l: columns as they are would hold a register each.
-
-
-@gluon.jit
-def quad_columns(cfg: gl.constexpr):
-    pairs: gl.constexpr = gl.SliceLayout(3, cfg.quad_layout)
-    eights: gl.constexpr = gl.SliceLayout(2, pairs)
-    a = gl.arange(0, cfg.keys // 8, layout=gl.SliceLayout(0, eights))
-    a = gl.expand_dims(gl.expand_dims(gl.expand_dims(a, 0), 2), 3)
-    first: gl.constexpr = gl.SliceLayout(0, cfg.quad_layout)
-    b = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, first)))
-    b = gl.expand_dims(gl.expand_dims(gl.expand_dims(b, 0), 1), 0)
-    return 8 * a + b
-
-
-@gluon.jit
-def quad_bound(bound, cfg: gl.constexpr):
-    pairs: gl.constexpr = gl.SliceLayout(3, cfg.quad_layout)
-    row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, pairs))
-    bound = gl.convert_layout(bound, row)
-    bound = gl.expand_dims(gl.expand_dims(gl.expand_dims(bound, 1), 2), 3)
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, pairs)))
-    return bound - 2 * gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 3)
 
 
 @gluon.jit
@@ -296,34 +162,11 @@ def step(
     mbarrier.arrive(k_empty.index(stage), count=1)
     s = logits(s, (last - 1 - j) * cfg.keys, limits, numbers, MASKED, cfg)
     p, shrink, top, total = softmax(s, top, total, numbers[0])
-    total = gl.inline_asm_elementwise(
-        PIN, "=r,r", [total], dtype=gl.float32, is_pure=False, pack=1
-    )
+    total = gl.inline_asm_elementwise(PIN, "=r,r", [total], dtype=gl.float32, is_pure=False, pack=1)
     acc, total = hopper.warpgroup_mma_wait(0, deps=[acc, total])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, cfg.out_rows), 1)
     return acc, packed(p, smem[0].dtype, cfg), top, total
-
-
-@gluon.jit
-def packed(p, dtype: gl.constexpr, cfg: gl.constexpr):
-    """Two neighbours in 32 bits: 16-bit values would take a register each across the loop."""
-    first, second = gl.split(p.reshape((ROWS, cfg.keys // 2, 2)))
-    if dtype == gl.bfloat16:
-        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(
-        asm, "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def unpacked(pairs, dtype: gl.constexpr, cfg: gl.constexpr):
-    first = pairs.to(gl.int16).to(dtype, bitcast=True)
-    second = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
-    p = gl.join(first, second).reshape((ROWS, cfg.keys))
-    return gl.convert_layout(p, cfg.operand_layout)
 
 
 @gluon.jit
@@ -372,14 +215,14 @@ def consume(
                 )
         stage = (count - 1) % cfg.stages
         mbarrier.wait(v_full.index(stage), ((count - 1) // cfg.stages) & 1)
-        acc = hopper.warpgroup_mma_wait(0, deps=[values(unpacked(p, smem[0].dtype, cfg), v_smem, stage, acc, cfg)])
+        acc = hopper.warpgroup_mma_wait(
+            0, deps=[values(unpacked(p, smem[0].dtype, cfg), v_smem, stage, acc, cfg)]
+        )
     finish(GROUP, acc, top, total, smem, place, valid, result, cfg)
 
 
 @gluon.jit
-def finish(
-    GROUP: gl.constexpr, acc, top, total, smem, place, valid, result, cfg: gl.constexpr
-):
+def finish(GROUP: gl.constexpr, acc, top, total, smem, place, valid, result, cfg: gl.constexpr):
     """Divides, and stores through the memory of Q in rows of 16 bytes a thread."""
     sink, out, lse = result
     scale = gl.full([ROWS], 1.0, gl.float32, layout=cfg.score_rows)
@@ -390,25 +233,25 @@ def finish(
         total = total * scale + gl.exp2(sink - base)
         top = best
     base = gl.where(top == float("-inf"), 0.0, top)
-    gl.store(lse[0] + place.to(gl.int64) * lse[1], (base + gl.log2(total)) * LN2, mask=valid)
+    gl.store(lse[0] + gl.cast(place, gl.int64) * lse[1], (base + gl.log2(total)) * LN2, mask=valid)
     # a row without a key: 0 / 1
     scale = scale / gl.where(total == 0.0, 1.0, total)
     acc = acc * gl.expand_dims(gl.convert_layout(scale, cfg.out_rows), 1)
     buffer = smem[0].index(GROUP).reshape((ROWS, cfg.size))
-    buffer.store(acc.to(buffer.dtype))
+    buffer.store(gl.cast(acc, buffer.dtype))
     line = buffer.load(cfg.store_layout)
     at = gl.convert_layout(place, gl.SliceLayout(1, cfg.store_layout))
     column = gl.arange(0, cfg.size, layout=gl.SliceLayout(0, cfg.store_layout))
-    target = out[0] + gl.expand_dims(at.to(gl.int64) * out[1], 1) + gl.expand_dims(column, 0)
-    gl.store(target, line, mask=gl.expand_dims(gl.convert_layout(valid, gl.SliceLayout(1, cfg.store_layout)), 1))
+    target = out[0] + gl.expand_dims(gl.cast(at, gl.int64) * out[1], 1)
+    valid = gl.convert_layout(valid, gl.SliceLayout(1, cfg.store_layout))
+    gl.store(target + gl.expand_dims(column, 0), line, mask=gl.expand_dims(valid, 1))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=INTEGERS)
 def forward_kernel(
     q_desc, k_desc, v_desc, out, lse, starts_q, starts_k, lows, highs, sinks,
-    rows, keys, heads, group, tiles, section, sequences,
-    low_batch, low_head, high_batch, high_head, left, right, factor, inner, cap,
-    cfg: gl.constexpr,
+    factor, inner, cap, rows, keys, heads, group, tiles, section, sequences,
+    left, right, low_batch, low_head, high_batch, high_head, cfg: gl.constexpr,
 ):  # fmt: skip
     """out [B, Sq, H, D] and lse [B, H, Sq]; lows and highs [B|1, H|1, Sq] of keys, or unused."""
     tile, index = schedule(gl.program_id(0), tiles, gl.num_programs(0) // tiles, section)
@@ -430,16 +273,18 @@ def forward_kernel(
         rows = gl.where(is_last, all_rows, stop) - first_row
         keys = bounded(gl.load(starts_k + beyond), first_key, all_keys) - first_key
     if cfg.intervals:
-        lows += batch.to(gl.int64) * low_batch + head.to(gl.int64) * low_head + first_row
-        highs += batch.to(gl.int64) * high_batch + head.to(gl.int64) * high_head + first_row
+        lows += (
+            gl.cast(batch, gl.int64) * low_batch + gl.cast(head, gl.int64) * low_head + first_row
+        )
+        highs += (
+            gl.cast(batch, gl.int64) * high_batch + gl.cast(head, gl.int64) * high_head + first_row
+        )
     smem = (
         gl.allocate_shared_memory(q_desc.dtype, [cfg.groups, 1, 1, ROWS, cfg.size], q_desc.layout),
         gl.allocate_shared_memory(
             k_desc.dtype, [cfg.stages, 1, 1, cfg.keys, cfg.size], k_desc.layout
         ),
-        gl.allocate_shared_memory(
-            v_desc.dtype, [cfg.stages] + v_desc.block_shape, v_desc.layout
-        ),
+        gl.allocate_shared_memory(v_desc.dtype, [cfg.stages] + v_desc.block_shape, v_desc.layout),
     )
     bars = barriers(cfg)
     end = gl.minimum(place + cfg.rows, rows) - 1
@@ -457,13 +302,13 @@ def forward_kernel(
     last, count, head_tiles, open_tiles = tile_range(low_min, low_max, high_min, high_max, cfg)
     sink = 0.0
     if cfg.sink:
-        sink = gl.load(sinks + head).to(gl.float32) * LOG2E
+        sink = gl.cast(gl.load(sinks + head), gl.float32) * LOG2E
     where = (batch, head, head // group, first_row + place, first_key, keys)
     work = (last, count, head_tiles, open_tiles)
     mask = (place, rows, left, right, lows, highs)
-    line = batch.to(gl.int64) * all_rows + first_row
+    line = gl.cast(batch, gl.int64) * all_rows + first_row
     out = (out + (line * heads + head) * cfg.size, heads * cfg.size)
-    lse = (lse + (batch.to(gl.int64) * heads + head) * all_rows + first_row, 1)
+    lse = (lse + (gl.cast(batch, gl.int64) * heads + head) * all_rows + first_row, 1)
     numbers = (factor, inner, cap)
     result = (sink, out, lse)
     descs = (q_desc, k_desc, v_desc)
@@ -491,11 +336,6 @@ def forward_kernel(
 
 
 @gluon.jit
-def bounded(value, least, most):
-    return gl.minimum(gl.maximum(value, least), most)
-
-
-@gluon.jit
 def barriers(cfg: gl.constexpr):
     """q_full, k_full, k_empty, v_full, v_empty."""
     layout: gl.constexpr = mbarrier.MBarrierLayout()
@@ -513,3 +353,63 @@ def barriers(cfg: gl.constexpr):
         mbarrier.init(v_empty.index(stage), count=cfg.groups)
     hopper.fence_async_shared()
     return q_full, k_full, k_empty, v_full, v_empty
+
+
+# -- the launch -----------------------------------------------------------------------------------
+
+
+def configuration(size: int, given: Options) -> Config:
+    """Three warpgroups where 160 registers a thread are enough."""
+    is_packed = given.cu_seqlens_q is not None
+    groups = 3 if size == 64 and given.softcap == 0 and not is_packed else 2
+    return Config(
+        size=size,
+        keys=128,
+        stages=2,
+        groups=groups,
+        left=given.left >= 0,
+        right=given.right >= 0,
+        intervals=given.lo is not None,
+        packed=is_packed,
+        softcap=given.softcap > 0,
+        sink=given.sink is not None,
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The torch op's forward; `hopper.refuses` says what it takes."""
+    given = Options(*args)
+    batch, rows, heads, size = q.shape
+    keys, key_heads = k.shape[1:3]
+    cfg = configuration(size, given)
+    q, k, v = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (q, k, v))
+    out = q.new_empty(batch, rows, heads, size)
+    lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
+    sequences = 0 if given.cu_seqlens_q is None else given.cu_seqlens_q.shape[0] - 1
+    tiles = rows // cfg.rows + sequences + 1 if cfg.packed else -(-rows // cfg.rows)
+    group = heads // key_heads
+    at_once = max(1, L2_BYTES // (4 * keys * size)) * group
+    lows, highs = (None if x is None else rows_last(x) for x in (given.lo, given.hi))
+    steps = (0, 0, 0, 0) if lows is None or highs is None else (*steps_of(lows), *steps_of(highs))
+    scale = given.scale * LOG2E.value
+    inner = 2 * scale / given.softcap if cfg.softcap else 0.0
+    forward_kernel[(tiles * batch * heads,)](
+        descriptor(q, 64),
+        descriptor(k, cfg.keys),
+        (value_descriptor if cfg.packed else descriptor)(v, cfg.keys),
+        out,
+        lse,
+        given.cu_seqlens_q,
+        given.cu_seqlens_k,
+        lows,
+        highs,
+        given.sink,
+        1.0 if cfg.softcap else scale,
+        inner,
+        given.softcap * LOG2E.value,
+        *(rows, keys, heads, group, tiles, min(at_once, batch * heads), sequences),
+        *(given.left, given.right, *steps),
+        cfg,
+        num_warps=4,
+    )
+    return out, lse

@@ -7,7 +7,8 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
+Backends: triton (forward only: the Hopper kernels of `gluon_kernels.py`, inside `hopper.use`),
+reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
 PyTorch: full or square causal attention without the other options; its backward takes no gradient
 through lse).
 """
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, library
-from . import arguments, reference
+from ... import checks, dispatch, library, triton_backend
+from . import arguments, hopper, reference
 from .mask import AttnMask
 
 _SHARED = (
@@ -161,6 +162,15 @@ dispatch.register(
     devices=("cpu",),
     unavailable=None if hasattr(torch.ops.aten, _ATEN) else "this torch has no CPU flash kernel",
     refuses=_torch_refuses,
+)
+dispatch.register(
+    "attention",
+    "triton",
+    hopper.forward,
+    devices=("cuda",),
+    unavailable=triton_backend.unavailable,
+    refuses=hopper.refuses,
+    proven=hopper.proven,
 )
 dispatch.register("attention", "reference", _reference_forward, _reference_backward)
 

@@ -1,0 +1,102 @@
+"""When the kernels of `gluon_kernels.py` take a call of the triton backend, and why not.
+
+They are not a backend of their own: what they refuse runs in plain Triton. Gluon is experimental
+in Triton and differs between versions, so the first call on a device is checked against the
+reference; where that fails, nothing more is given to them, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from . import reference
+
+#: whether a GPU run has proven the kernels; until then they take calls only inside `use`
+proven = False
+_used = False
+
+SIZES = (64, 128)
+# TMA counts rows and heads in 32 bits, and `value_descriptor` rows up to 2^30
+LONGEST = 1 << 30
+
+
+@contextlib.contextmanager
+def use(on: bool = True) -> Iterator[None]:
+    """Inside, calls may go to kernels that no GPU has proven. For the whole process."""
+    global _used
+    before, _used = _used, on
+    try:
+        yield
+    finally:
+        _used = before
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
+    """Why a forward call cannot go there; named are the other arguments of the torch op."""
+    if not (proven or _used):
+        return dispatch.NOT_PROVEN
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "it needs a GPU of compute capability 9.0"
+    return refuses_call(q, k, v, **named) or _fails_on(q.device, q.dtype, q.shape[3])
+
+
+def refuses_call(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
+    """The part of `refuses` that holds on every device."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return "it takes bfloat16 and float16"
+    if q.shape[3] != v.shape[3] or q.shape[3] not in SIZES:
+        return "it takes heads of 64 or 128 elements, of v too"
+    for what in ("alibi_slopes", "bias"):
+        if named[what] is not None:
+            return f"it has no {what}"
+    if named["dropout_p"] > 0:
+        return "it has no dropout"
+    if not named["scale"] > 0:
+        return "it needs a scale above 0"
+    if q.numel() == 0 or k.numel() == 0:
+        return "a tensor is empty"
+    if max(q.shape[1], k.shape[1]) > LONGEST:
+        return f"it takes at most {LONGEST} rows"
+    for what, x in (("q", q), ("k", k), ("v", v)):
+        steps = [x.stride(d) for d in range(3) if x.shape[d] > 1]
+        if x.stride(3) != 1 or any(s % 8 or s <= 0 or s >= 1 << 34 for s in steps):
+            return f"rows of {what} must be contiguous and start at multiples of 16 bytes"
+    return None
+
+
+@functools.cache
+def _fails_on(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """A small call against the reference, once a device, dtype and head size; waits for the GPU."""
+    from . import gluon_kernels
+
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, rows, heads, size, device=device, dtype=dtype, generator=generator)
+        for rows, heads in ((200, 2), (333, 1), (333, 1))
+    )
+    given = (*(None,) * 8, size**-0.5, -1, 0, 0.0, 0.0)
+    try:
+        found = gluon_kernels.forward(q, k, v, *given)
+        wide = (x.float() for x in (q, k, v))
+        want = reference.forward(*wide, reference.Options(*given))
+        for got, expected, most in zip(found, want, (2e-2, 1e-3), strict=True):
+            worst = float((got.float() - expected).abs().max())
+            if not worst <= most:
+                return f"its self-test is off by {worst:.1e}"
+    except Exception as error:  # whatever a compiler or driver of another version raises
+        return f"its self-test raised {type(error).__name__}: {error}"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """The torch op's forward, for calls that `refuses` has no objection to."""
+    from . import gluon_kernels
+
+    return gluon_kernels.forward(q, k, v, *given)

@@ -1,0 +1,145 @@
+"""Compiles the Hopper attention kernels without a GPU, and says what is in their machine code.
+
+    python tests/gluon_compile.py        one JSON object per kernel
+
+The launches are those that the launchers make, on CPU tensors, with a recorder in the place of the
+kernel; arguments are specialised as Triton does it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton_compile import CUOBJDUMP, TYPES, Recorder
+
+from fastlm.ops.attention import gluon_kernels
+
+COUNTED = ("HGMMA", "UTMALDG", "LDL", "STL", "USETMAXREG", "PRMT")
+
+
+def _source(kernel: Any, args: tuple[Any, ...]) -> GluonASTSource:
+    signature, constants, attributes = {}, {}, {}
+    for parameter, value in zip(kernel.params, args, strict=True):
+        name, number = parameter.name, 1
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype][1:]
+            signature[name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
+            types = {**TYPES, torch.int32: "*i32"}
+            signature[name], number = types[value.dtype], value.data_ptr()
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+        if number % 16 == 0:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return GluonASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def instructions(cubin: bytes) -> tuple[str, list[str]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(tool), *flags, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for tool, *flags in (
+                (CUOBJDUMP, "-res-usage"),
+                (CUOBJDUMP.with_name("nvdisasm"), "-c"),
+            )
+        )
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(.+?)\s*;", sass, re.MULTILINE)
+    return usage, lines
+
+
+def overlaps(lines: list[str]) -> list[Counter[str]]:
+    """What stands between a wait for all but the last product and the wait for that one."""
+    found, inside = [], None
+    for line in lines:
+        name = line.split()[0]
+        if name.startswith("WARPGROUP.DEPBAR"):
+            if inside is not None:
+                found.append(inside)
+            inside = Counter() if line.endswith("0x1") else None
+        elif inside is not None:
+            inside[name.split(".")[0] if name != "MUFU.EX2" else name] += 1
+    return found
+
+
+def report(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    kernel, args, options = launch
+    compiled = triton.compile(
+        _source(kernel, args), target=GPUTarget("cuda", 90, 32), options=options
+    )
+    usage, lines = instructions(compiled.asm["cubin"])
+    registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert registers, usage
+    names = [line.split()[0].split(".")[0] for line in lines]
+    exponentials = sum(line.startswith("MUFU.EX2") for line in lines)
+    waits = sum(line.startswith("WARPGROUP.DEPBAR") for line in lines)
+    return {
+        "kernel": kernel.fn.__name__,
+        "config": vars(args[-1]),
+        "dtype": str(args[3].dtype).removeprefix("torch."),
+        "registers": int(registers[1]),
+        "stack": int(registers[2]),
+        "local": int(registers[4]),
+        "threads": 32 * compiled.metadata.num_warps,
+        "shared": compiled.metadata.shared,
+        "waits": waits,
+        "exponentials": exponentials,
+        "overlaps": overlaps(lines),
+        **{name: names.count(name) for name in COUNTED},
+    }
+
+
+def calls() -> Iterator[dict[str, Any]]:
+    """Options of forward calls: each mask and flag, together and alone."""
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    bounds = torch.zeros(1, 1, 8, dtype=torch.int32)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    intervals = {"lo": bounds, "hi": bounds}
+    window = {"left": 5, "right": 0}
+    everything = {**packed, **intervals, **window, "sink": torch.zeros(4)}
+    for size in (64, 128):
+        yield {"size": size}
+        yield {"size": size, "right": 0}
+        yield {"size": size, **window}
+        yield {"size": size, **packed, "right": 0}
+        yield {"size": size, **everything, "dtype": torch.float16}
+        yield {"size": size, **everything, "softcap": 20.0}
+
+
+NAMES = (
+    "lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "bias", "seed",
+    "scale", "left", "right", "softcap", "dropout_p",
+)  # fmt: skip
+PLAIN = {"scale": 0.1, "left": -1, "right": -1, "softcap": 0.0, "dropout_p": 0.0}
+
+
+def launches() -> Iterator[Any]:
+    recorder = Recorder(gluon_kernels, "forward_kernel")
+    for call in calls():
+        given = [{**PLAIN, **call}.get(name) for name in NAMES]
+        dtype = call.get("dtype", torch.bfloat16)
+        q, k = (torch.empty(1, 8, heads, call["size"], dtype=dtype) for heads in (4, 2))
+        gluon_kernels.forward(q, k, k, *given)
+    yield from recorder.launches
+
+
+if __name__ == "__main__":
+    for launch in launches():
+        print(json.dumps(report(launch)), flush=True)
