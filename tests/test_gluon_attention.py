@@ -169,7 +169,8 @@ def test_any_number_of_tiles(stages: int, monkeypatch: pytest.MonkeyPatch) -> No
             compare(kernels, *drawn, options(64, right=random.choice((-1, 0))))
 
 
-# pieces of the kernel, and what a mistake there would be
+# pieces of the kernel, and what a mistake there would be. To release K early is none: the producer
+# fetches the V before it first, which waits for a later product
 MISTAKES = {
     "no wait for V": ("    mbarrier.wait(v_full.index(before), ((j - 1) // cfg.stages) & 1)\n", ""),
     "no wait for K": ("    mbarrier.wait(k_full.index(stage), (j // cfg.stages) & 1)\n", ""),
@@ -179,10 +180,10 @@ MISTAKES = {
     "fewer bytes": ("k_full.index(stage), cfg.keys * cfg.size", "k_full.index(stage), cfg.keys"),
     "more bytes": ("mbarrier.expect(q_full, cfg.rows", "mbarrier.expect(q_full, 16 + cfg.rows"),
     "early release": (
-        "    s = hopper.warpgroup_mma_wait(1, deps=[s])\n"
-        "    mbarrier.arrive(k_empty.index(stage), count=1)\n",
-        "    mbarrier.arrive(k_empty.index(stage), count=1)\n"
-        "    s = hopper.warpgroup_mma_wait(1, deps=[s])\n",
+        "    acc, total = hopper.warpgroup_mma_wait(0, deps=[acc, total])\n"
+        "    mbarrier.arrive(v_empty.index(before), count=1)\n",
+        "    mbarrier.arrive(v_empty.index(before), count=1)\n"
+        "    acc, total = hopper.warpgroup_mma_wait(0, deps=[acc, total])\n",
     ),
     "no release": ("    mbarrier.arrive(v_empty.index(before), count=1)\n", ""),
     "no wait for O": (

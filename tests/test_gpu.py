@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import fastlm
 from fastlm import dispatch, testing
+from fastlm.ops.attention import hopper
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])]
@@ -262,6 +264,86 @@ def test_forced_gpu_backends_agree_too(name: str, dtype: torch.dtype) -> None:
                 raise
     if not ran:
         pytest.skip(f"no CUDA or Triton kernel takes this call of {name}")
+
+
+# sizes of attention: batch, queries, keys, heads, key heads, head size; and options
+HOPPER = {
+    # one tile and V = 1: out is 1 whatever the scores are, so that only the copies can be wrong
+    "one_tile": ((1, 64, 128, 1, 1, 64), {}),
+    "full": ((2, 384, 1024, 4, 4, 128), {}),
+    "causal": ((2, 777, 777, 8, 2, 64), {"mask": "causal"}),
+    "more_keys": ((1, 130, 2000, 4, 1, 128), {"mask": "causal", "softcap": 20.0}),
+    "rows_without_keys": ((1, 500, 130, 2, 1, 128), {"mask": "causal"}),
+    "window": ((1, 1500, 1500, 4, 2, 128), {"window": (200, 0)}),
+    "documents": ((1, 900, 900, 4, 4, 64), {"mask": "documents"}),
+}
+
+
+@pytest.fixture
+def hopper_used() -> Iterator[None]:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU of compute capability 9.0")
+    with hopper.use(), fastlm.use_backend("triton"), torch.no_grad():
+        yield
+
+
+def hopper_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
+    (batch, rows, keys, heads, key_heads, size), given = HOPPER[name]
+    sizes = ((rows, heads), (keys, key_heads), (keys, key_heads))
+    torch.manual_seed(2)
+    qkv = [randn(batch, n, h, size).to("cuda", dtype) for n, h in sizes]
+    if name == "one_tile":
+        qkv[2].fill_(1.0)
+    return qkv, given
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_attention(name: str, dtype: torch.dtype, hopper_used: None) -> None:
+    """The Hopper kernel against the reference, and bit for bit again: a race would differ."""
+    qkv, given = hopper_case(name, dtype)
+    if given.get("mask") == "documents":
+        given = {"mask": fastlm.AttnMask.documents(torch.arange(900, device="cuda") // 70)}
+    call = functools.partial(fastlm.attention, **given, return_lse=True)
+    assert hopper.refuses(*qkv, **hopper_options(qkv)) is None
+    out, lse = call(*qkv)
+    with fastlm.use_backend("reference"):
+        want, want_lse = call(*(x.double() for x in qkv))
+        theirs, _ = call(*qkv)
+    allowed = 2 * testing.error(theirs.double(), want) + 8 * torch.finfo(dtype).eps
+    assert testing.error(out.double(), want) <= allowed
+    assert testing.error(lse.double(), want_lse) < 1e-4
+    for _ in range(20):
+        again, lse_again = call(*qkv)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("size", (64, 128))
+def test_hopper_attention_packed(size: int, hopper_used: None) -> None:
+    """Sequences that end within a tile; NaN in one reaches no other; rows behind the last are 0."""
+    starts = torch.tensor([0, 130, 130, 137, 700, 701], dtype=torch.int32, device="cuda")
+    q, k, v = (randn(800, h, size).to("cuda", torch.bfloat16) for h in (4, 2, 2))
+    call = functools.partial(
+        fastlm.attention, layout="thd", mask="causal", cu_seqlens_q=starts, cu_seqlens_k=starts
+    )
+    out = call(q, k, v)
+    with fastlm.use_backend("reference"):
+        want = call(*(x.double() for x in (q, k, v)))
+    assert testing.error(out.double(), want) < 0.03
+    assert not out[701:].any()
+    k[130:137], v[130:137] = float("nan"), float("nan")
+    poisoned = call(q, k, v)
+    assert torch.equal(out[:130], poisoned[:130]) and torch.equal(out[137:], poisoned[137:])
+
+
+def hopper_options(qkv: list[Tensor]) -> dict[str, Any]:
+    absent = ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "bias", "seed")
+    numbers = {"scale": qkv[0].shape[3] ** -0.5, "left": -1, "right": -1, "softcap": 0.0}
+    return {**dict.fromkeys(absent), **numbers, "dropout_p": 0.0}
 
 
 def test_every_op_with_a_torch_op_is_listed_here() -> None:
