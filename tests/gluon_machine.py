@@ -196,7 +196,8 @@ class TensorDescriptor:
     ) -> None:
         assert 1 <= len(shape) == len(strides) == len(block_shape) <= 5 and strides[-1] == 1
         assert base.data_ptr() % 16 == 0 and all(0 < n < 2**32 for n in shape)
-        assert all(0 < s * 2 < 2**40 and s * 2 % 16 == 0 for s in strides[:-1]), strides
+        size = base.element_size()
+        assert all(0 < s * size < 2**40 and s * size % 16 == 0 for s in strides[:-1]), strides
         self.base, self.sizes, self.strides = base, shape, strides
         self.block_shape, self.layout, self.dtype = list(block_shape), layout, base.dtype
 
@@ -209,8 +210,10 @@ class TensorDescriptor:
             shape = [count if d == dim else 1 for d in range(len(place))]
             index = (np.arange(count, dtype=np.int64) + int(first)).reshape(shape)
             inside &= (index >= 0) & (index < self.sizes[dim])
-            address += index.astype(np.uint64) * np.uint64(self.strides[dim] * 2)
-        offset = torch.from_numpy(address.astype(np.int64) // 2)
+            address += index.astype(np.uint64) * np.uint64(
+                self.strides[dim] * self.base.element_size()
+            )
+        offset = torch.from_numpy(address.astype(np.int64) // self.base.element_size())
         return load(Pointer(self.base, offset), torch.from_numpy(inside))
 
 
@@ -271,7 +274,7 @@ def copy(desc: TensorDescriptor, place: list[int], barrier: Memory, target: Memo
 
     def finish() -> None:
         target.data.copy_(desc.read(place))
-        bar.bytes -= target.data.numel() * 2
+        bar.bytes -= target.data.numel() * target.data.element_size()
         assert bar.bytes >= 0, "more bytes than the barrier expects"
         bar.settle()
 

@@ -19,28 +19,16 @@ BILLION = gl.constexpr(1 << 30)  # more rows than a packed batch has: see `value
 ROWS = gl.constexpr(64)  # of a warpgroup: what one wgmma takes
 
 
-@dataclass(frozen=True)
-class Config:
-    """What is compiled in: tile sizes, and which of the options a call has."""
+class Layouts:
+    """How the registers of a warpgroup hold its 64 rows."""
 
-    size: int  # of a head, of K and V alike
-    keys: int  # of a tile
-    stages: int
-    groups: int  # consumer warpgroups
-    left: bool  # whether the band is limited on this side
-    right: bool
-    intervals: bool
-    packed: bool
-    softcap: bool
-    sink: bool
+    size: int  # columns of an output: the head size
+    keys: int  # columns of a tile of scores
+    groups: int
 
     @property
     def rows(self) -> int:
         return 64 * self.groups
-
-    @property
-    def lanes(self) -> int:
-        return 128 if self.groups == 2 else 256
 
     # of the scores [64, keys], of O [64, size], of P as an operand, and of a store of 16 bytes
     @property
@@ -79,6 +67,26 @@ class Config:
     def store_layout(self) -> gl.BlockedLayout:
         across = self.size // 8
         return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@dataclass(frozen=True)
+class Config(Layouts):
+    """What is compiled in: tile sizes, and which of the options a call has."""
+
+    size: int  # of a head, of K and V alike
+    keys: int  # of a tile
+    stages: int
+    groups: int  # consumer warpgroups
+    left: bool  # whether the band is limited on this side
+    right: bool
+    intervals: bool
+    packed: bool
+    softcap: bool
+    sink: bool
+
+    @property
+    def lanes(self) -> int:
+        return 128 if self.groups == 2 else 256
 
 
 # -- which rows and keys: formulas on scalars and tensors -----------------------------------------
@@ -137,6 +145,22 @@ def find_sequence(slot, starts, sequences, cfg: gl.constexpr):
 
 
 @gluon.jit
+def locate(slot, own, other, owned, others, sequences, cfg: gl.constexpr):
+    """Of the sequence that a slot belongs to, in what is cut into slots and in what is not: first
+    row of both, number of rows of both; and the slot's first row within the sequence."""
+    sequence = find_sequence(slot, own, sequences, cfg)
+    beyond = gl.minimum(sequence + 1, sequences)
+    first = bounded(gl.load(own + sequence), 0, owned)
+    across = bounded(gl.load(other + sequence), 0, others)
+    stop = bounded(gl.load(own + beyond), first, owned)
+    # the rows behind the last sequence belong to nobody
+    stop = gl.where(sequence == sequences, owned, stop)
+    count = bounded(gl.load(other + beyond), across, others) - across
+    place = (slot - (first // cfg.rows + sequence)) * cfg.rows
+    return first, across, stop - first, count, place
+
+
+@gluon.jit
 def interval_range(
     place, valid, lows, highs, first_key, rows, keys, left, right, cfg: gl.constexpr
 ):
@@ -189,10 +213,10 @@ def quad_bound(bound, cfg: gl.constexpr):
 def packed(p, dtype: gl.constexpr, cfg: gl.constexpr):
     """Two neighbours in 32 bits: 16-bit values would take a register each across the loop."""
     first, second = gl.split(p.reshape((ROWS, cfg.keys // 2, 2)))
-    if dtype == gl.bfloat16:
-        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    # the first operand goes into the upper half
+    asm: gl.constexpr = (
+        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    )
     return gl.inline_asm_elementwise(
         asm, "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1
     )
@@ -236,7 +260,9 @@ def value_descriptor(x: Tensor, block: int) -> TensorDescriptor:
 
 
 def layout_of(shape: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    element = {
+        torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32
+    }[dtype]  # fmt: skip
     return gl.NVMMASharedLayout.get_default_for(shape, element)
 
 
@@ -246,4 +272,5 @@ def rows_last(x: Tensor) -> Tensor:
 
 def steps_of(x: Tensor) -> tuple[int, int]:
     """Elements from one batch and one head to the next; 0 where there is one for all."""
-    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
+    batch, head = (x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
+    return batch, head

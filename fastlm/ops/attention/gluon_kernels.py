@@ -26,10 +26,9 @@ from .gluon_common import (
     LOG2E,
     ROWS,
     Config,
-    bounded,
     descriptor,
-    find_sequence,
     interval_range,
+    locate,
     packed,
     quad_bound,
     quad_columns,
@@ -262,16 +261,9 @@ def forward_kernel(
     all_rows = rows
     place = tile * cfg.rows
     if cfg.packed:
-        all_keys = keys
-        sequence = find_sequence(tile, starts_q, sequences, cfg)
-        first_row = bounded(gl.load(starts_q + sequence), 0, all_rows)
-        first_key = bounded(gl.load(starts_k + sequence), 0, all_keys)
-        place = (tile - (first_row // cfg.rows + sequence)) * cfg.rows
-        is_last = sequence == sequences
-        beyond = gl.minimum(sequence + 1, sequences)
-        stop = bounded(gl.load(starts_q + beyond), first_row, all_rows)
-        rows = gl.where(is_last, all_rows, stop) - first_row
-        keys = bounded(gl.load(starts_k + beyond), first_key, all_keys) - first_key
+        first_row, first_key, rows, keys, place = locate(
+            tile, starts_q, starts_k, rows, keys, sequences, cfg
+        )
     if cfg.intervals:
         lows += (
             gl.cast(batch, gl.int64) * low_batch + gl.cast(head, gl.int64) * low_head + first_row
