@@ -1,6 +1,6 @@
 """Compiles the Hopper attention kernels without a GPU, and says what is in their machine code.
 
-    python tests/gluon_compile.py        one JSON object per kernel
+    python tests/gluon_compile.py [NAME...]       one JSON object per kernel
 
 The launches are those that the launchers make, on CPU tensors, with a recorder in the place of the
 kernel; arguments are specialised as Triton does it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton_compile import CUOBJDUMP, TYPES, Recorder
 
-from fastlm.ops.attention import gluon_kernels
+from fastlm.ops.attention import gluon_backward, gluon_kernels
 
 COUNTED = ("HGMMA", "UTMALDG", "LDL", "STL", "USETMAXREG", "PRMT")
 
@@ -93,7 +94,7 @@ def report(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> dict[str, Any
     return {
         "kernel": kernel.fn.__name__,
         "config": vars(args[-1]),
-        "dtype": str(args[3].dtype).removeprefix("torch."),
+        "dtype": str(getattr(args[0], "base", args[0]).dtype).removeprefix("torch."),
         "registers": int(registers[1]),
         "stack": int(registers[2]),
         "local": int(registers[4]),
@@ -123,6 +124,15 @@ def calls() -> Iterator[dict[str, Any]]:
         yield {"size": size, **everything, "softcap": 20.0}
 
 
+def backward_calls() -> Iterator[dict[str, Any]]:
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    for size in (64, 128):
+        yield {"size": size, "dlse": torch.empty(1, 4, 8)}
+        yield {"size": size, "right": 0}
+        yield {"size": size, **packed, "left": 5, "right": 0, "dtype": torch.float16}
+
+
 NAMES = (
     "lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "bias", "seed",
     "scale", "left", "right", "softcap", "dropout_p",
@@ -132,14 +142,23 @@ PLAIN = {"scale": 0.1, "left": -1, "right": -1, "softcap": 0.0, "dropout_p": 0.0
 
 def launches() -> Iterator[Any]:
     recorder = Recorder(gluon_kernels, "forward_kernel")
-    for call in calls():
-        given = [{**PLAIN, **call}.get(name) for name in NAMES]
-        dtype = call.get("dtype", torch.bfloat16)
-        q, k = (torch.empty(1, 8, heads, call["size"], dtype=dtype) for heads in (4, 2))
-        gluon_kernels.forward(q, k, k, *given)
+    others = Recorder(gluon_backward, "prepare_kernel", "key_kernel", "query_kernel")
+    for source, run in ((calls(), gluon_kernels.forward), (backward_calls(), _backward)):
+        for call in source:
+            given = [{**PLAIN, **call}.get(name) for name in NAMES]
+            dtype = call.get("dtype", torch.bfloat16)
+            q, k = (torch.empty(1, 8, heads, call["size"], dtype=dtype) for heads in (4, 2))
+            run(q, k, k, *given, **({"dlse": call.get("dlse")} if run is _backward else {}))
     yield from recorder.launches
+    yield from others.launches
+
+
+def _backward(q: Any, k: Any, v: Any, *given: Any, dlse: Any) -> None:
+    gluon_backward.backward(q, dlse, q, k, v, q, torch.empty(1, 4, 8), *given)
 
 
 if __name__ == "__main__":
     for launch in launches():
+        if len(sys.argv) > 1 and launch[0].fn.__name__ not in sys.argv:
+            continue
         print(json.dumps(report(launch)), flush=True)

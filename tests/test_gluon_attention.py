@@ -30,6 +30,7 @@ TESTS = Path(__file__).resolve().parent
 FOLDER = TESTS.parent / "fastlm" / "ops" / "attention"
 PACKAGE = "fastlm.ops.attention"
 kernels = interpreted(FOLDER / "gluon_kernels.py", PACKAGE)
+gradients = interpreted(FOLDER / "gluon_backward.py", PACKAGE)
 EMPTY: dict[str, Any] = dict.fromkeys(
     ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "bias", "seed")
 )
@@ -176,7 +177,10 @@ MISTAKES = {
     "no wait for K": ("    mbarrier.wait(k_full.index(stage), (j // cfg.stages) & 1)\n", ""),
     "no wait for room": ("        mbarrier.wait(v_empty.index(stage), phase)\n", ""),
     "wrong phase": ("phase = ((j // cfg.stages) & 1) ^ 1", "phase = (j // cfg.stages) & 1"),
-    "wrong count": ("k_empty.index(stage), count=cfg.groups", "k_empty.index(stage), count=1"),
+    "wrong count": (
+        "first_empty.index(stage), count=cfg.groups",
+        "first_empty.index(stage), count=1",
+    ),
     "fewer bytes": ("k_full.index(stage), cfg.keys * cfg.size", "k_full.index(stage), cfg.keys"),
     "more bytes": ("mbarrier.expect(q_full, cfg.rows", "mbarrier.expect(q_full, 16 + cfg.rows"),
     "early release": (
@@ -193,13 +197,159 @@ MISTAKES = {
 }
 
 
+def occurs(text: str) -> bool:
+    return any(text in path.read_text() for path in FOLDER.glob("gluon_*.py"))
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert occurs(MISTAKES[mistake][0])
     wrong = interpreted(FOLDER / "gluon_kernels.py", PACKAGE, MISTAKES[mistake])
     monkeypatch.setattr(wrong, "configuration", small(wrong))
     with pytest.raises((AssertionError, Deadlock)):
         for _ in range(20):
             compare(wrong, *inputs((1, 128, 100, 1, 1, 64), torch.bfloat16), options(64, right=0))
+
+
+# -- backward -------------------------------------------------------------------------------------
+
+
+def compare_backward(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], lse_too: bool = True
+) -> tuple[Tensor, ...]:
+    choices = reference.Options(**given)
+    out, lse = reference.forward(q, k, v, choices)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) if lse_too else None
+    named = {**given, "dout": dout}
+    assert hopper.refuses_call(q, k, v, **named) is None
+    found = module.backward(dout, dlse, q, k, v, out, lse, *given.values())
+    wide = [x.double() for x in (q, k, v)]
+    _, exact_lse = reference.forward(*wide, choices)
+    wide_dlse = None if dlse is None else dlse.double()
+    exact = reference.backward(
+        dout.double(), wide_dlse, *wide, exact_lse, choices, (False, False, False)
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    theirs, their_lse = plain(*leaves, choices)
+    keep = exact_lse > -torch.inf
+    loss = (theirs * dout * keep.transpose(1, 2)[..., None]).sum()
+    if dlse is not None:
+        loss = loss + torch.where(keep, their_lse * dlse, 0.0).sum()
+    other = torch.autograd.grad(loss, leaves)
+    for got, want, rough in zip(found, (exact.q, exact.k, exact.v), other, strict=False):
+        rough = rough.nan_to_num()
+        assert testing.error(got.double(), want) <= 2 * testing.error(rough.double(), want) + 1e-5
+    return found
+
+
+BACKWARDS = {name: call for name, call in CALLS.items() if "softcap" not in call[1]}
+BACKWARDS["window"] = ((2, 170, 190, 1, 1), BAND)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_backward(name: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, changes = BACKWARDS[name]
+    dtype = torch.bfloat16 if stages == 2 else torch.float16
+    monkeypatch.setattr(gradients, "configuration", staged(stages))
+    compare_backward(gradients, *inputs((*sizes, 64), dtype), options(64, **changes))
+
+
+def staged(stages: int) -> Any:
+    ours = gradients.configuration
+    return lambda *args: dataclasses.replace(ours(*args), stages=stages)
+
+
+def test_backward_of_wide_heads_without_lse() -> None:
+    drawn = inputs((1, 200, 150, 2, 1, 128), torch.bfloat16)
+    compare_backward(gradients, *drawn, options(128, right=0), lse_too=False)
+
+
+@pytest.mark.parametrize("changes", [{}, CAUSAL, BAND], ids=["full", "causal", "window"])
+def test_backward_packed(changes: dict[str, Any]) -> None:
+    """As `test_packed`; the gradient of the sink comes from delta."""
+    queries, keys = starts(0, 130, 130, 137, 300, 301), starts(0, 50, 90, 90, 250, 260)
+    sink = torch.randn(2)
+    given = options(64, cu_seqlens_q=queries, cu_seqlens_k=keys, sink=sink, **changes)
+    q, k, v = inputs((1, 400, 280, 2, 1, 64), torch.bfloat16)
+    *_, delta = compare_backward(gradients, q, k, v, given)
+    assert delta.shape == (1, 2, 400) and not delta[..., 301:].any()
+    choices = reference.Options(**given)
+    out, lse = reference.forward(q, k, v, choices)
+    dout = torch.randn_like(out)
+    k[:, 250:], v[:, 250:] = float("nan"), float("nan")
+    dout[:, 301:] = float("nan")
+    found = gradients.backward(dout, None, q, k, v, out, lse, *given.values())
+    assert not any(bool(x[:, :250].isnan().any()) for x in found[:3])
+
+
+def test_gradient_of_the_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlm.ops import attention
+
+    monkeypatch.setitem(sys.modules, f"{PACKAGE}.gluon_backward", gradients)
+    monkeypatch.setattr(attention, "gluon_backward", gradients, raising=False)
+    q, k, v = inputs((2, 150, 140, 2, 1, 64), torch.bfloat16)
+    given = options(64, right=0, sink=torch.randn(2))
+    choices = reference.Options(**given)
+    out, lse = reference.forward(q, k, v, choices)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    needs = (False, True, False)
+    found = hopper.backward(dout, dlse, q, k, v, out, lse, *given.values(), needs)
+    want = reference.backward(dout, dlse, q, k, v, lse, choices, needs)
+    assert want.sink is not None
+    torch.testing.assert_close(found[4], want.sink, rtol=1e-2, atol=1e-2)
+
+
+BACKWARD_MISTAKES = {
+    "no wait for Q": ("    mbarrier.wait(q_full.index(stage), phase)\n    s =", "    s ="),
+    "no wait for dO": ("    mbarrier.wait(g_full.index(stage), phase)\n    dp =", "    dp ="),
+    "no wait for dK": (
+        "dv, dk = hopper.warpgroup_mma_wait(0, deps=[dv, dk])",
+        "dv, dk = hopper.warpgroup_mma_wait(1, deps=[dv, dk])",
+    ),
+    "no release": (
+        "    mbarrier.arrive(k_empty.index(stage), count=1)\n    return dq",
+        "    return dq",
+    ),
+    "fewer bytes": ("g_full.index(stage), cfg.keys * (cfg.size * 2 + 4)", "g_full.index(stage), 4"),
+    "no room": ("        mbarrier.wait(v_empty.index(stage), phase)\n", ""),
+}
+
+
+@pytest.mark.parametrize("mistake", BACKWARD_MISTAKES)
+def test_mistakes_of_the_backward_are_seen(mistake: str) -> None:
+    assert occurs(BACKWARD_MISTAKES[mistake][0])
+    wrong = interpreted(FOLDER / "gluon_backward.py", PACKAGE, BACKWARD_MISTAKES[mistake])
+    with pytest.raises((AssertionError, Deadlock)):
+        for _ in range(20):
+            drawn = inputs((1, 400, 500, 1, 1, 64), torch.bfloat16)
+            compare_backward(wrong, *drawn, options(64, right=0))
+
+
+def test_query_tiles_are_those_with_a_row() -> None:
+    cfg = gradients.configuration(64, reference.Options(**options(64)))
+    for _ in range(500):
+        rows, keys, first = (random.randrange(1, 400) for _ in range(3))
+        left, right = (random.choice((-1, random.randrange(150))) for _ in range(2))
+        if first >= keys:
+            continue
+        cfg = dataclasses.replace(cfg, left=left >= 0, right=right >= 0)
+        at = coordinates(rows, keys, None, None, torch.device("cpu"))
+        low, high = (x[0, 0] for x in row_bounds(at, left, right, None, None))
+        from_key = interpreted_range(first, rows, keys, left, right, cfg)
+        begin, count, head, end = from_key
+        stop = min(first + 128, keys)
+        touched = ((low < stop) & (high > first)).nonzero()[:, 0] // 64
+        visited = range(begin, begin + count)
+        assert set(touched.tolist()) <= set(visited)
+        assert 0 <= head <= end or count == 0
+        for tile in visited[head:end]:
+            part = slice(64 * tile, min(64 * tile + 64, rows))
+            assert bool(((low[part] <= first) & (high[part] >= stop)).all())
+
+
+def interpreted_range(*args: Any) -> tuple[int, int, int, int]:
+    return interpreted(FOLDER / "gluon_backward_keys.py", PACKAGE).query_range(*args)
 
 
 def test_formulas_are_those_of_the_mask() -> None:
@@ -253,6 +403,8 @@ def test_refuses() -> None:
         ((q, k, v), {"bias": q}, "no bias"),
         ((q, k, v), {"dropout_p": 0.5}, "no dropout"),
         ((q, k, v), {"scale": -1.0}, "above 0"),
+        ((q, k, v), {"softcap": 1.0, "dout": q}, "no softcap"),
+        ((q, k, v), {"lo": q, "hi": q, "dout": q}, "no intervals"),
         ((q[:0], k[:0], v[:0]), {}, "empty"),
         ((q, odd, v), {}, "rows of k"),
         ((q, k, v[:, :1].expand(1, 8, 2, 64)), {}, "rows of v"),
@@ -293,7 +445,7 @@ def test_nothing_spills_and_everything_fits(
         if any(kernel[what] for what in ("stack", "local", "LDL", "STL"))
         or kernel["shared"] > SHARED
         or kernel["registers"] * kernel["threads"] > REGISTERS
-        or not kernel["USETMAXREG"]
+        or not (kernel["USETMAXREG"] or kernel["kernel"] == "prepare_kernel")
     ]
     assert compiled and not bad, "\n".join(map(json.dumps, bad))
     with capsys.disabled():
@@ -322,3 +474,20 @@ def test_forward_instructions(compiled: list[dict[str, Any]]) -> None:
             assert "PRMT" not in between and "F2FP" not in between, kernel
         outside = kernel["exponentials"] - groups * loops * each
         assert outside <= groups * (each + 4), kernel
+
+
+@no_triton
+def test_backward_instructions(compiled: list[dict[str, Any]]) -> None:
+    """Every product and copy once; the exponentials stand under dP."""
+    for kernel in (k for k in compiled if k["kernel"] in ("key_kernel", "query_kernel")):
+        cfg = kernel["config"]
+        size, tile = cfg["size"], 64
+        of_keys = kernel["kernel"] == "key_kernel"
+        loops = 1 + (cfg["right"] or not of_keys) + cfg["left"]
+        products = 2 * size // 16 + (2 if of_keys else 1) * tile // 16
+        assert kernel["HGMMA"] == 2 * loops * products, kernel
+        assert kernel["waits"] == 2 * loops * 3, kernel
+        assert kernel["UTMALDG"] == 6 * size // 64 + (2 if of_keys else 0), kernel
+        under = [o["MUFU.EX2"] for o in kernel["overlaps"] if "MUFU.EX2" in o]
+        assert under == [tile // 2] * (2 * loops), kernel
+        assert kernel["exponentials"] == 2 * loops * tile // 2, kernel

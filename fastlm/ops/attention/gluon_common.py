@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+L2_BYTES = 32 << 20  # what the keys and values of the heads at work may take of the cache
 BILLION = gl.constexpr(1 << 30)  # more rows than a packed batch has: see `value_descriptor`
 ROWS = gl.constexpr(64)  # of a warpgroup: what one wgmma takes
 
@@ -87,6 +90,20 @@ class Config(Layouts):
     @property
     def lanes(self) -> int:
         return 128 if self.groups == 2 else 256
+
+
+@dataclass(frozen=True)
+class BackwardConfig(Layouts):
+    """`keys`: columns of a tile of scores, whether they are keys or, transposed, queries."""
+
+    size: int
+    keys: int
+    stages: int
+    left: bool
+    right: bool
+    packed: bool
+    groups: int = 2
+    intervals: bool = False
 
 
 # -- which rows and keys: formulas on scalars and tensors -----------------------------------------
@@ -210,6 +227,23 @@ def quad_bound(bound, cfg: gl.constexpr):
 
 
 @gluon.jit
+def narrow(x, like, cfg: gl.constexpr):
+    return gl.convert_layout(gl.cast(x, like.dtype), cfg.operand_layout)
+
+
+@gluon.jit
+def kept(x, limits, first, cfg: gl.constexpr):
+    """0 outside the columns [low, high) of a row; `first` is the first column of the tile."""
+    low, high = limits
+    quads = x.reshape((ROWS, cfg.keys // 8, 4, 2))
+    quads = gl.convert_layout(quads, cfg.quad_layout, assert_trivial=True)
+    place = quad_columns(cfg)
+    keep = (place >= quad_bound(low - first, cfg)) & (place < quad_bound(high - first, cfg))
+    quads = gl.where(keep, quads, 0.0).reshape((ROWS, cfg.keys))
+    return gl.convert_layout(quads, cfg.score_layout, assert_trivial=True)
+
+
+@gluon.jit
 def packed(p, dtype: gl.constexpr, cfg: gl.constexpr):
     """Two neighbours in 32 bits: 16-bit values would take a register each across the loop."""
     first, second = gl.split(p.reshape((ROWS, cfg.keys // 2, 2)))
@@ -228,6 +262,51 @@ def unpacked(pairs, dtype: gl.constexpr, cfg: gl.constexpr):
     second = gl.cast(gl.cast(pairs >> 16, gl.int16), dtype, bitcast=True)
     p = gl.join(first, second).reshape((ROWS, cfg.keys))
     return gl.convert_layout(p, cfg.operand_layout)
+
+
+# -- shared memory -------------------------------------------------------------------------------
+
+
+@gluon.jit
+def barriers(cfg: gl.constexpr):
+    """For what a block owns; and "full" and "empty" of the two kinds of tiles that it reads."""
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    owned = gl.allocate_shared_memory(gl.int64, [1], layout)
+    first_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    first_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    second_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    second_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
+    mbarrier.init(owned, count=1)
+    stages: gl.constexpr = cfg.stages
+    for stage in gl.static_range(stages):
+        mbarrier.init(first_full.index(stage), count=1)
+        mbarrier.init(first_empty.index(stage), count=cfg.groups)
+        mbarrier.init(second_full.index(stage), count=1)
+        mbarrier.init(second_empty.index(stage), count=cfg.groups)
+    hopper.fence_async_shared()
+    return owned, first_full, first_empty, second_full, second_empty
+
+
+@gluon.jit
+def rows_of(batch, head, first, count, row, cfg: gl.constexpr):
+    """Where a tile begins in a descriptor that ends with the sequence: see `value_descriptor`."""
+    if cfg.packed:
+        place = [BILLION, first + count, head, BILLION - count + row, 0]
+    else:
+        place = [batch, head, row, 0]
+    return place
+
+
+@gluon.jit
+def put(x, memory, out, line, step, place, count, cfg: gl.constexpr):
+    """Rows from `place` on, those below `count`, through shared memory."""
+    buffer = memory.reshape((ROWS, cfg.size))
+    buffer.store(gl.cast(x, buffer.dtype))
+    lines = buffer.load(cfg.store_layout)
+    at = place + gl.arange(0, ROWS, layout=gl.SliceLayout(1, cfg.store_layout))
+    column = gl.arange(0, cfg.size, layout=gl.SliceLayout(0, cfg.store_layout))
+    target = out + gl.expand_dims(line + gl.cast(at, gl.int64) * step, 1)
+    gl.store(target + gl.expand_dims(column, 0), lines, mask=gl.expand_dims(at < count, 1))
 
 
 # -- tensors in memory, on the host ---------------------------------------------------------------

@@ -21,19 +21,22 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .gluon_common import (
-    BILLION,
+    L2_BYTES,
     LN2,
     LOG2E,
     ROWS,
     Config,
+    barriers,
     descriptor,
     interval_range,
     locate,
     packed,
+    put,
     quad_bound,
     quad_columns,
     row_limits,
     rows_last,
+    rows_of,
     schedule,
     steps_of,
     tile_range,
@@ -53,7 +56,6 @@ INTEGERS = (
     "rows", "keys", "heads", "group", "tiles", "section", "sequences",
     "left", "right", "low_batch", "low_head", "high_batch", "high_head",
 )  # fmt: skip
-L2_BYTES = 32 << 20  # what the keys and values of the heads at work may take of the cache
 
 # -- the two roles --------------------------------------------------------------------------------
 
@@ -88,10 +90,7 @@ def produce(descs, smem, bars, where, work, cfg: gl.constexpr):
         )
         mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_full.index(stage), cfg.keys * cfg.size * 2)
-        if cfg.packed:
-            place = [BILLION, first_key + keys, key_head, BILLION - keys + key, 0]
-        else:
-            place = [batch, key_head, key, 0]
+        place = rows_of(batch, key_head, first_key, keys, key, cfg)
         tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_smem.index(stage))
 
 
@@ -178,7 +177,8 @@ def consume(
     batch, head, key_head, row, first_key, keys = where
     last, count, head_tiles, open_tiles = work
     place, rows, left, right, lows, highs = mask
-    place += GROUP * ROWS + gl.arange(0, ROWS, layout=cfg.score_rows)
+    first = place + GROUP * ROWS
+    place = first + gl.arange(0, ROWS, layout=cfg.score_rows)
     valid = place < rows
     limits = row_limits(place, rows, keys, left, right, cfg)
     if cfg.intervals:
@@ -217,11 +217,13 @@ def consume(
         acc = hopper.warpgroup_mma_wait(
             0, deps=[values(unpacked(p, smem[0].dtype, cfg), v_smem, stage, acc, cfg)]
         )
-    finish(GROUP, acc, top, total, smem, place, valid, result, cfg)
+    finish(GROUP, acc, top, total, smem, place, first, rows, result, cfg)
 
 
 @gluon.jit
-def finish(GROUP: gl.constexpr, acc, top, total, smem, place, valid, result, cfg: gl.constexpr):
+def finish(
+    GROUP: gl.constexpr, acc, top, total, smem, place, first, rows, result, cfg: gl.constexpr
+):
     """Divides, and stores through the memory of Q in rows of 16 bytes a thread."""
     sink, out, lse = result
     scale = gl.full([ROWS], 1.0, gl.float32, layout=cfg.score_rows)
@@ -232,18 +234,13 @@ def finish(GROUP: gl.constexpr, acc, top, total, smem, place, valid, result, cfg
         total = total * scale + gl.exp2(sink - base)
         top = best
     base = gl.where(top == float("-inf"), 0.0, top)
-    gl.store(lse[0] + gl.cast(place, gl.int64) * lse[1], (base + gl.log2(total)) * LN2, mask=valid)
+    gl.store(
+        lse[0] + gl.cast(place, gl.int64) * lse[1], (base + gl.log2(total)) * LN2, mask=place < rows
+    )
     # a row without a key: 0 / 1
     scale = scale / gl.where(total == 0.0, 1.0, total)
     acc = acc * gl.expand_dims(gl.convert_layout(scale, cfg.out_rows), 1)
-    buffer = smem[0].index(GROUP).reshape((ROWS, cfg.size))
-    buffer.store(gl.cast(acc, buffer.dtype))
-    line = buffer.load(cfg.store_layout)
-    at = gl.convert_layout(place, gl.SliceLayout(1, cfg.store_layout))
-    column = gl.arange(0, cfg.size, layout=gl.SliceLayout(0, cfg.store_layout))
-    target = out[0] + gl.expand_dims(gl.cast(at, gl.int64) * out[1], 1)
-    valid = gl.convert_layout(valid, gl.SliceLayout(1, cfg.store_layout))
-    gl.store(target + gl.expand_dims(column, 0), line, mask=gl.expand_dims(valid, 1))
+    put(acc, smem[0].index(GROUP), out[0], out[1], out[2], first, rows, cfg)
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -299,7 +296,7 @@ def forward_kernel(
     work = (last, count, head_tiles, open_tiles)
     mask = (place, rows, left, right, lows, highs)
     line = gl.cast(batch, gl.int64) * all_rows + first_row
-    out = (out + (line * heads + head) * cfg.size, heads * cfg.size)
+    out = (out, (line * heads + head) * cfg.size, heads * cfg.size)
     lse = (lse + (gl.cast(batch, gl.int64) * heads + head) * all_rows + first_row, 1)
     numbers = (factor, inner, cap)
     result = (sink, out, lse)
@@ -325,26 +322,6 @@ def forward_kernel(
             [4, 4, 1],
             [160, 160, 24],
         )
-
-
-@gluon.jit
-def barriers(cfg: gl.constexpr):
-    """q_full, k_full, k_empty, v_full, v_empty."""
-    layout: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    k_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    v_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    mbarrier.init(q_full, count=1)
-    stages: gl.constexpr = cfg.stages
-    for stage in gl.static_range(stages):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=cfg.groups)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=cfg.groups)
-    hopper.fence_async_shared()
-    return q_full, k_full, k_empty, v_full, v_empty
 
 
 # -- the launch -----------------------------------------------------------------------------------

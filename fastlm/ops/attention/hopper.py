@@ -39,7 +39,8 @@ def use(on: bool = True) -> Iterator[None]:
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
-    """Why a forward call cannot go there; named are the other arguments of the torch op."""
+    """Why a call cannot go there; named are the other arguments of the torch op. A backward call
+    has `dout` among them."""
     if not (proven or _used):
         return dispatch.NOT_PROVEN
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
@@ -60,10 +61,15 @@ def refuses_call(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
         return "it has no dropout"
     if not named["scale"] > 0:
         return "it needs a scale above 0"
+    if "dout" in named:
+        if named["lo"] is not None:
+            return "its backward takes no intervals of keys"
+        if named["softcap"] > 0:
+            return "its backward has no softcap"
     if q.numel() == 0 or k.numel() == 0:
         return "a tensor is empty"
-    if max(q.shape[1], k.shape[1]) > LONGEST:
-        return f"it takes at most {LONGEST} rows"
+    if max(q.shape[1], k.shape[1]) > LONGEST or q.numel() // q.shape[3] > LONGEST // 2:
+        return f"it takes at most {LONGEST} rows, half of it over all heads"
     for what, x in (("q", q), ("k", k), ("v", v)):
         steps = [x.stride(d) for d in range(3) if x.shape[d] > 1]
         if x.stride(3) != 1 or any(s % 8 or s <= 0 or s >= 1 << 34 for s in steps):
@@ -74,21 +80,25 @@ def refuses_call(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
 @functools.cache
 def _fails_on(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """A small call against the reference, once a device, dtype and head size; waits for the GPU."""
-    from . import gluon_kernels
+    from . import gluon_backward, gluon_kernels
 
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
+    q, k, v, dout = (
         torch.randn(1, rows, heads, size, device=device, dtype=dtype, generator=generator)
-        for rows, heads in ((200, 2), (333, 1), (333, 1))
+        for rows, heads in ((200, 2), (333, 1), (333, 1), (200, 2))
     )
     given = (*(None,) * 8, size**-0.5, -1, 0, 0.0, 0.0)
+    choices = reference.Options(*given)
     try:
-        found = gluon_kernels.forward(q, k, v, *given)
-        choices = reference.Options(*given)
-        want = reference.forward(q.float(), k.float(), v.float(), choices)
-        for got, expected, most in zip(found, want, (2e-2, 1e-3), strict=True):
-            worst = float((got.float() - expected).abs().max())
-            if not worst <= most:
+        out, lse = gluon_kernels.forward(q, k, v, *given)
+        grads = gluon_backward.backward(dout, None, q, k, v, out, lse, *given)[:3]
+        inputs = [x.float() for x in (q, k, v)]
+        want = reference.forward(*inputs, choices)
+        exact = reference.backward(dout.float(), None, *inputs, want[1], choices, (False,) * 3)
+        pairs = ((out, want[0]), (lse, want[1]), *zip(grads, (exact.q, exact.k, exact.v)))
+        for got, expected in pairs:
+            worst = float((got.float() - expected).abs().max() / expected.abs().max())
+            if not worst <= 2e-2:
                 return f"its self-test is off by {worst:.1e}"
     except Exception as error:  # whatever a compiler or driver of another version raises
         return f"its self-test raised {type(error).__name__}: {error}"
@@ -100,3 +110,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tenso
     from . import gluon_kernels
 
     return gluon_kernels.forward(q, k, v, *given)
+
+
+def backward(*args: Any) -> tuple[Tensor, ...]:
+    """The torch op's backward, for calls that `refuses` has no objection to."""
+    from . import gluon_backward
+
+    dout, dlse, q, k, v, out, lse, *given, needs = args
+    saved = (x.contiguous() for x in (out, lse))
+    dq, dk, dv, delta = gluon_backward.backward(dout, dlse, q, k, v, *saved, *given)
+    slopes, sink, bias = (q.new_empty(0) for _ in range(3))
+    choices = reference.Options(*given)
+    if needs[1] and choices.sink is not None:
+        finite = lse.masked_fill(lse == -torch.inf, 0.0)
+        share = torch.exp(choices.sink.float()[:, None] - finite)
+        sink = -(share * delta).sum((0, 2)).to(choices.sink.dtype)
+    return dq, dk, dv, slopes, sink, bias

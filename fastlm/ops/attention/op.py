@@ -7,8 +7,7 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: triton (forward only: the Hopper kernels of `gluon_kernels.py`, inside `hopper.use`),
-reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
+Backends: triton (the Hopper kernels of `gluon_kernels.py`, inside `hopper.use`), reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
 PyTorch: full or square causal attention without the other options; its backward takes no gradient
 through lse).
 """
@@ -167,6 +166,7 @@ dispatch.register(
     "attention",
     "triton",
     hopper.forward,
+    hopper.backward,
     devices=("cuda",),
     unavailable=triton_backend.unavailable,
     refuses=hopper.refuses,
