@@ -9,11 +9,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .gluon_common import (
     ROWS,
-    barriers,
     kept,
     locate,
     narrow,
     put,
+    ring,
     rows_of,
     schedule,
 )
@@ -54,15 +54,15 @@ def key_produce(descs, smem, bars, where, work, cfg: gl.constexpr):
     """K and V once; then for each query head Q with lse and dO with delta, tile by tile."""
     q_desc, g_desc, k_desc, v_desc, s_desc = descs
     k_smem, v_smem, q_smem, g_smem, lse_smem, delta_smem = smem
-    owned, q_full, q_empty, g_full, g_empty = bars
+    owned, q_full, g_full, empty = bars
     batch, key_head, group, first_row, rows, key, line, step, plane = where
     first, count, _, _ = work
     if count > 0:
-        mbarrier.expect(owned, 4 * ROWS * cfg.size * 2)
+        mbarrier.expect(owned.index(0), 4 * ROWS * cfg.size * 2)
         for part in gl.static_range(2):
             place = [batch, key_head, key + part * ROWS, 0]
-            tma.async_copy_global_to_shared(k_desc, place, owned, k_smem.index(part))
-            tma.async_copy_global_to_shared(v_desc, place, owned, v_smem.index(part))
+            tma.async_copy_global_to_shared(k_desc, place, owned.index(0), k_smem.index(part))
+            tma.async_copy_global_to_shared(v_desc, place, owned.index(0), v_smem.index(part))
     for n in range(0, count * group):
         head = key_head * group + n // count
         row = (first + n % count) * cfg.keys
@@ -70,11 +70,10 @@ def key_produce(descs, smem, bars, where, work, cfg: gl.constexpr):
         phase = ((n // cfg.stages) & 1) ^ 1
         place = rows_of(batch, head, first_row, rows, row, cfg)
         at = line + (n // count) * step + row
-        mbarrier.wait(q_empty.index(stage), phase)
+        mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(q_full.index(stage), cfg.keys * (cfg.size * 2 + 4))
         tma.async_copy_global_to_shared(q_desc, place, q_full.index(stage), q_smem.index(stage))
         tma.async_copy_global_to_shared(s_desc, [at], q_full.index(stage), lse_smem.index(stage))
-        mbarrier.wait(g_empty.index(stage), phase)
         mbarrier.expect(g_full.index(stage), cfg.keys * (cfg.size * 2 + 4))
         tma.async_copy_global_to_shared(g_desc, place, g_full.index(stage), g_smem.index(stage))
         tma.async_copy_global_to_shared(
@@ -88,7 +87,7 @@ def key_step(
 ):
     """Adds what the tile of queries from `row` on gives to dK and dV."""
     _, _, q_smem, g_smem, lse_smem, delta_smem = smem
-    _, q_full, q_empty, g_full, g_empty = bars
+    _, q_full, g_full, empty = bars
     stage = n % cfg.stages
     phase = (n // cfg.stages) & 1
     columns: gl.constexpr = gl.SliceLayout(0, cfg.score_layout)
@@ -112,8 +111,7 @@ def key_step(
         ds = gl.where(p == 0.0, 0.0, ds)
     dk = hopper.warpgroup_mma(narrow(ds, q_smem, cfg), q, dk, is_async=True)
     dv, dk = hopper.warpgroup_mma_wait(0, deps=[dv, dk])
-    mbarrier.arrive(q_empty.index(stage), count=1)
-    mbarrier.arrive(g_empty.index(stage), count=1)
+    mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv
 
 
@@ -136,7 +134,7 @@ def key_consume(GROUP: gl.constexpr, smem, bars, work, mask, out, numbers, cfg: 
     k = k_smem.index(GROUP).reshape((ROWS, cfg.size))
     v = v_smem.index(GROUP).reshape((ROWS, cfg.size))
     if count > 0:
-        mbarrier.wait(bars[0], 0)
+        mbarrier.wait(bars[0].index(0), 0)
         for member in range(0, group):
             base = member * count
             if cfg.right:
@@ -190,7 +188,8 @@ def key_kernel(
         gl.allocate_shared_memory(gl.float32, [cfg.stages, cfg.keys], s_desc.layout),
         gl.allocate_shared_memory(gl.float32, [cfg.stages, cfg.keys], s_desc.layout),
     )
-    bars = barriers(cfg)
+    bars = (ring(1, 1), ring(1, cfg.stages), ring(1, cfg.stages), ring(2, cfg.stages))
+    hopper.fence_async_shared()
     line = (batch * heads + key_head) * group * padded + first_row + shift
     plane = total * group * padded
     where = (

@@ -9,11 +9,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .gluon_common import (
     ROWS,
-    barriers,
     kept,
     locate,
     narrow,
     put,
+    ring,
     row_limits,
     rows_of,
     schedule,
@@ -35,23 +35,22 @@ def query_produce(descs, smem, bars, where, work, cfg: gl.constexpr):
     """Q and dO once, then the tiles of K and V."""
     q_desc, g_desc, k_desc, v_desc = descs
     q_smem, g_smem, k_smem, v_smem = smem
-    owned, k_full, k_empty, v_full, v_empty = bars
+    owned, k_full, v_full, empty = bars
     batch, head, key_head, row, first_key, keys = where
     last, count, _, _ = work
     if count > 0:
-        mbarrier.expect(owned, 4 * ROWS * cfg.size * 2)
+        mbarrier.expect(owned.index(0), 4 * ROWS * cfg.size * 2)
         for part in gl.static_range(2):
             place = [batch, head, row + part * ROWS, 0]
-            tma.async_copy_global_to_shared(q_desc, place, owned, q_smem.index(part))
-            tma.async_copy_global_to_shared(g_desc, place, owned, g_smem.index(part))
+            tma.async_copy_global_to_shared(q_desc, place, owned.index(0), q_smem.index(part))
+            tma.async_copy_global_to_shared(g_desc, place, owned.index(0), g_smem.index(part))
     for j in range(0, count):
         stage = j % cfg.stages
         phase = ((j // cfg.stages) & 1) ^ 1
         place = rows_of(batch, key_head, first_key, keys, (last - 1 - j) * cfg.keys, cfg)
-        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(k_full.index(stage), cfg.keys * cfg.size * 2)
         tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), k_smem.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_full.index(stage), cfg.keys * cfg.size * 2)
         tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_smem.index(stage))
 
@@ -63,7 +62,7 @@ def query_step(
 ):  # fmt: skip
     """Adds what a tile of keys gives to dQ."""
     _, _, k_smem, v_smem = smem
-    _, k_full, k_empty, v_full, v_empty = bars
+    _, k_full, v_full, empty = bars
     stage = j % cfg.stages
     phase = (j // cfg.stages) & 1
     zero = gl.full([ROWS, cfg.keys], 0.0, gl.float32, layout=cfg.score_layout)
@@ -78,13 +77,12 @@ def query_step(
     seen = gl.reduce_or(gl.cast(p, gl.int32, bitcast=True), 1)
     seen = gl.inline_asm_elementwise(PIN, "=r,r", [seen], dtype=gl.int32, is_pure=False, pack=1)
     dp, seen = hopper.warpgroup_mma_wait(0, deps=[dp, seen])
-    mbarrier.arrive(v_empty.index(stage), count=1)
     ds = p * (dp - gl.expand_dims(delta, 1))
     if MASKED:
         ds = kept(ds, limits, (last - 1 - j) * cfg.keys, cfg)
     dq = hopper.warpgroup_mma(narrow(ds, k_smem, cfg), k, dq, is_async=True)
     dq = hopper.warpgroup_mma_wait(0, deps=[dq])
-    mbarrier.arrive(k_empty.index(stage), count=1)
+    mbarrier.arrive(empty.index(stage), count=1)
     return dq
 
 
@@ -106,7 +104,7 @@ def query_consume(
     q = q_smem.index(GROUP).reshape((ROWS, cfg.size))
     g = g_smem.index(GROUP).reshape((ROWS, cfg.size))
     if count > 0:
-        mbarrier.wait(bars[0], 0)
+        mbarrier.wait(bars[0].index(0), 0)
         for j in range(0, head):
             dq = query_step(j, dq, q, g, last, limits, lse, delta, smem, bars, factor, True, cfg)
         for j in range(head, end):
@@ -153,7 +151,8 @@ def query_kernel(
         gl.allocate_shared_memory(k_desc.dtype, [cfg.stages] + k_desc.block_shape, k_desc.layout),
         gl.allocate_shared_memory(v_desc.dtype, [cfg.stages] + v_desc.block_shape, v_desc.layout),
     )
-    bars = barriers(cfg)
+    bars = (ring(1, 1), ring(1, cfg.stages), ring(1, cfg.stages), ring(2, cfg.stages))
+    hopper.fence_async_shared()
     where = (batch, head, head // group, first_row + place, first_key, keys)
     mask = (place, rows, keys, left, right)
     stats = stats + gl.cast(index, gl.int64) * padded + first_row + shift

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -268,23 +267,12 @@ def unpacked(pairs, dtype: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def barriers(cfg: gl.constexpr):
-    """For what a block owns; and "full" and "empty" of the two kinds of tiles that it reads."""
-    layout: gl.constexpr = mbarrier.MBarrierLayout()
-    owned = gl.allocate_shared_memory(gl.int64, [1], layout)
-    first_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    first_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    second_full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    second_empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], layout)
-    mbarrier.init(owned, count=1)
-    stages: gl.constexpr = cfg.stages
+def ring(count: gl.constexpr, stages: gl.constexpr):
+    """A barrier for each stage, with this many arrivals. The caller fences after the last one."""
+    bars = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
-        mbarrier.init(first_full.index(stage), count=1)
-        mbarrier.init(first_empty.index(stage), count=cfg.groups)
-        mbarrier.init(second_full.index(stage), count=1)
-        mbarrier.init(second_empty.index(stage), count=cfg.groups)
-    hopper.fence_async_shared()
-    return owned, first_full, first_empty, second_full, second_empty
+        mbarrier.init(bars.index(stage), count=count)
+    return bars
 
 
 @gluon.jit

@@ -26,7 +26,6 @@ from .gluon_common import (
     LOG2E,
     ROWS,
     Config,
-    barriers,
     descriptor,
     interval_range,
     locate,
@@ -34,6 +33,7 @@ from .gluon_common import (
     put,
     quad_bound,
     quad_columns,
+    ring,
     row_limits,
     rows_last,
     rows_of,
@@ -69,29 +69,29 @@ def produce(descs, smem, bars, where, work, cfg: gl.constexpr):
     batch, head, key_head, row, first_key, keys = where
     last, count, _, _ = work
     if count > 0:
-        mbarrier.expect(q_full, cfg.rows * cfg.size * 2)
+        mbarrier.expect(q_full.index(0), cfg.rows * cfg.size * 2)
         groups: gl.constexpr = cfg.groups
         for group in gl.static_range(groups):
             target = q_smem.index(group)
             tma.async_copy_global_to_shared(
-                q_desc, [batch, head, row + group * ROWS, 0], q_full, target
+                q_desc, [batch, head, row + group * ROWS, 0], q_full.index(0), target
             )
-    for j in range(0, count):
-        stage = j % cfg.stages
-        phase = ((j // cfg.stages) & 1) ^ 1
-        key = (last - 1 - j) * cfg.keys
-        mbarrier.wait(k_empty.index(stage), phase)
-        mbarrier.expect(k_full.index(stage), cfg.keys * cfg.size * 2)
-        tma.async_copy_global_to_shared(
-            k_desc,
-            [batch, key_head, first_key + key, 0],
-            k_full.index(stage),
-            k_smem.index(stage),
-        )
-        mbarrier.wait(v_empty.index(stage), phase)
-        mbarrier.expect(v_full.index(stage), cfg.keys * cfg.size * 2)
-        place = rows_of(batch, key_head, first_key, keys, key, cfg)
-        tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_smem.index(stage))
+    for j in range(0, count + 1):
+        # K is ahead by one: its room is free first, and it is needed first
+        if j < count:
+            stage = j % cfg.stages
+            place = [batch, key_head, first_key + (last - 1 - j) * cfg.keys, 0]
+            target = k_smem.index(stage)
+            mbarrier.wait(k_empty.index(stage), ((j // cfg.stages) & 1) ^ 1)
+            mbarrier.expect(k_full.index(stage), cfg.keys * cfg.size * 2)
+            tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), target)
+        if j > 0:
+            stage = (j - 1) % cfg.stages
+            place = rows_of(batch, key_head, first_key, keys, (last - j) * cfg.keys, cfg)
+            target = v_smem.index(stage)
+            mbarrier.wait(v_empty.index(stage), (((j - 1) // cfg.stages) & 1) ^ 1)
+            mbarrier.expect(v_full.index(stage), cfg.keys * cfg.size * 2)
+            tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), target)
 
 
 @gluon.jit
@@ -191,7 +191,7 @@ def consume(
     if count > 0:
         q = q_smem.index(GROUP).reshape((ROWS, cfg.size))
         zero = gl.full([ROWS, cfg.keys], 0.0, gl.float32, layout=cfg.score_layout)
-        mbarrier.wait(q_full, 0)
+        mbarrier.wait(q_full.index(0), 0)
         mbarrier.wait(k_full.index(0), 0)
         s = hopper.warpgroup_mma_wait(0, deps=[scores(q, k_smem, 0, zero, cfg)])
         mbarrier.arrive(k_empty.index(0), count=1)
@@ -275,7 +275,14 @@ def forward_kernel(
         ),
         gl.allocate_shared_memory(v_desc.dtype, [cfg.stages] + v_desc.block_shape, v_desc.layout),
     )
-    bars = barriers(cfg)
+    bars = (
+        ring(1, 1),
+        ring(1, cfg.stages),
+        ring(cfg.groups, cfg.stages),
+        ring(1, cfg.stages),
+        ring(cfg.groups, cfg.stages),
+    )
+    hopper.fence_async_shared()
     end = gl.minimum(place + cfg.rows, rows) - 1
     if cfg.intervals:
         lane = place + gl.arange(0, cfg.lanes, layout=gl.BlockedLayout([1], [32], [4], [0]))

@@ -95,8 +95,8 @@ def _fails_on(device: torch.device, dtype: torch.dtype, size: int) -> str | None
         inputs = [x.float() for x in (q, k, v)]
         want = reference.forward(*inputs, choices)
         exact = reference.backward(dout.float(), None, *inputs, want[1], choices, (False,) * 3)
-        pairs = ((out, want[0]), (lse, want[1]), *zip(grads, (exact.q, exact.k, exact.v)))
-        for got, expected in pairs:
+        found, expected_all = (out, lse, *grads), (*want, exact.q, exact.k, exact.v)
+        for got, expected in zip(found, expected_all, strict=True):
             worst = float((got.float() - expected).abs().max() / expected.abs().max())
             if not worst <= 2e-2:
                 return f"its self-test is off by {worst:.1e}"

@@ -7,9 +7,9 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: triton (the Hopper kernels of `gluon_kernels.py`, inside `hopper.use`), reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
-PyTorch: full or square causal attention without the other options; its backward takes no gradient
-through lse).
+Backends: triton (the Hopper kernels of `gluon_kernels.py`, inside `hopper.use`), reference
+(everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of PyTorch: full or
+square causal attention without the other options; its backward takes no gradient through lse).
 """
 
 from __future__ import annotations
