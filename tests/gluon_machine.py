@@ -56,6 +56,7 @@ class Machine:
             raise self.failure
         assert not self.copies, "a block ended before a copy into its memory"
 
+    @torch.no_grad()
     def pass_on(self, me: Actor | None) -> None:
         """Lets somebody go on, after any number of copies have finished."""
         while True:
@@ -64,7 +65,7 @@ class Machine:
                 at = self.random.randrange(len(self.copies)) if self.order is None else self.order
                 try:
                     self.copies.pop(at)()
-                except AssertionError as error:
+                except Exception as error:  # carried over to the caller's thread
                     self.failure = self.failure or error
                 continue
             break
@@ -101,7 +102,8 @@ class Actor:
         local.actor = self
         try:
             if self.machine.failure is None:
-                role(*args)
+                with torch.no_grad():
+                    role(*args)
                 assert not self.products, "a product that nobody waits for"
         except BaseException as error:  # carried over to the caller's thread
             self.machine.failure = self.machine.failure or error

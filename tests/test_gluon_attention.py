@@ -22,6 +22,7 @@ from gluon_interpreter import interpreted
 from gluon_machine import Deadlock
 from torch import Tensor
 
+import fastlm
 from fastlm import dispatch, testing
 from fastlm.ops.attention import hopper, reference
 from fastlm.ops.attention.mask import coordinates, row_bounds
@@ -292,12 +293,52 @@ def test_backward_packed(changes: dict[str, Any]) -> None:
     assert not any(bool(x[:, :250].isnan().any()) for x in found[:3])
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_gradient_of_the_sink(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlm.ops import attention
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triton backend takes CPU tensors, and runs the interpreted kernels."""
+    for name, module in (("gluon_kernels", kernels), ("gluon_backward", gradients)):
+        monkeypatch.setitem(sys.modules, f"{PACKAGE}.{name}", module)
+        monkeypatch.setattr(sys.modules[PACKAGE], name, module, raising=False)
+    ours = dispatch._OPS["attention"]
+    taken = dataclasses.replace(
+        ours["triton"], devices=("cpu",), unavailable=None, refuses=hopper.refuses_call
+    )
+    monkeypatch.setitem(ours, "triton", taken)
 
-    monkeypatch.setitem(sys.modules, f"{PACKAGE}.gluon_backward", gradients)
-    monkeypatch.setattr(attention, "gluon_backward", gradients, raising=False)
+
+def test_the_op_runs_them(on_the_cpu: None) -> None:
+    def ours(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+        with fastlm.use_backend("triton"):
+            return fastlm.attention(q, k, v, mask="causal", sink=sink, return_lse=True)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+        given = reference.Options(**options(64, right=0, sink=sink))
+        return plain(q, k, v, given)
+
+    args = [torch.randn(2, 150, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    with fastlm.use_backend("triton"):
+        testing.check(ours, theirs, [*args, torch.randn(4, dtype=torch.bfloat16)])
+    assert hopper._fails_on(torch.device("cpu"), torch.bfloat16, 64) is None
+    hopper._fails_on.cache_clear()
+
+
+def test_a_failed_self_test_keeps_its_reason(
+    on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper._fails_on.cache_clear()
+    broken = interpreted(FOLDER / "gluon_kernels.py", PACKAGE, MISTAKES["wrong phase"])
+    wrong = interpreted(FOLDER / "gluon_kernels.py", PACKAGE)
+    for module, reason in ((broken, "raised Deadlock"), (wrong, "off by")):
+        if module is wrong:
+            monkeypatch.setattr(wrong, "LN2", 0.7)
+        monkeypatch.setitem(sys.modules, f"{PACKAGE}.gluon_kernels", module)
+        monkeypatch.setattr(sys.modules[PACKAGE], "gluon_kernels", module)
+        assert reason in str(hopper._fails_on(torch.device("cpu"), torch.bfloat16, 64))
+        hopper._fails_on.cache_clear()
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_gradient_of_the_sink(is_packed: bool, on_the_cpu: None) -> None:
     q, k, v = inputs((1 if is_packed else 2, 150, 140, 2, 1, 64), torch.bfloat16)
     packing = {"cu_seqlens_q": starts(0, 20, 130), "cu_seqlens_k": starts(0, 90, 140)}
     given = options(64, right=0, sink=torch.randn(2), **(packing if is_packed else {}))

@@ -268,8 +268,6 @@ def test_forced_gpu_backends_agree_too(name: str, dtype: torch.dtype) -> None:
 
 # sizes of attention: batch, queries, keys, heads, key heads, head size; and options
 HOPPER = {
-    # one tile and V = 1: out is 1 whatever the scores are, so that only the copies can be wrong
-    "one_tile": ((1, 64, 128, 1, 1, 64), {}),
     "full": ((2, 384, 1024, 4, 4, 128), {}),
     "causal": ((2, 777, 777, 8, 2, 64), {"mask": "causal"}),
     "more_keys": ((1, 130, 2000, 4, 1, 128), {"mask": "causal", "softcap": 20.0}),
@@ -289,12 +287,24 @@ def hopper_used() -> Iterator[None]:
 
 def hopper_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
     (batch, rows, keys, heads, key_heads, size), given = HOPPER[name]
-    sizes = ((rows, heads), (keys, key_heads), (keys, key_heads))
     torch.manual_seed(2)
+    sizes = ((rows, heads), (keys, key_heads), (keys, key_heads))
     qkv = [randn(batch, n, h, size).to("cuda", dtype) for n, h in sizes]
-    if name == "one_tile":
-        qkv[2].fill_(1.0)
+    if given.get("mask") == "documents":
+        given = {"mask": fastlm.AttnMask.documents(torch.arange(rows, device="cuda") // 70)}
     return qkv, given
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("size", (64, 128))
+def test_hopper_attention_of_one_tile(size: int, hopper_used: None) -> None:
+    """Row i attends to key size - 1 - i alone: out is V upside down, bit for bit, unless a copy or
+    the layout of an operand is wrong. The first test to run on a new GPU."""
+    unit = 16 * torch.eye(size, device="cuda", dtype=torch.bfloat16)[None, :, None]
+    v = randn(1, size, 1, size).to("cuda", torch.bfloat16)
+    out = fastlm.attention(unit.flip(1), unit, v, scale=1.0)
+    assert torch.equal(out, v.flip(1))
 
 
 @pytest.mark.gpu
@@ -304,8 +314,6 @@ def hopper_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, 
 def test_hopper_attention(name: str, dtype: torch.dtype, hopper_used: None) -> None:
     """The Hopper kernel against the reference, and bit for bit again: a race would differ."""
     qkv, given = hopper_case(name, dtype)
-    if given.get("mask") == "documents":
-        given = {"mask": fastlm.AttnMask.documents(torch.arange(900, device="cuda") // 70)}
     call = functools.partial(fastlm.attention, **given, return_lse=True)
     assert hopper.refuses(*qkv, **hopper_options(qkv)) is None
     out, lse = call(*qkv)
@@ -318,6 +326,32 @@ def test_hopper_attention(name: str, dtype: torch.dtype, hopper_used: None) -> N
     for _ in range(20):
         again, lse_again = call(*qkv)
         assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("name", [n for n in HOPPER if n not in ("more_keys", "documents")])
+def test_hopper_attention_backward(name: str, hopper_used: None) -> None:
+    qkv, given = hopper_case(name, torch.bfloat16)
+    dout = torch.randn_like(qkv[0])
+
+    def grads(*inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            out, lse = fastlm.attention(*leaves, **given, return_lse=True)
+            pairs = (out, lse.masked_fill(lse == -torch.inf, 0.0))
+            given_grads = (dout.to(out.dtype), torch.ones_like(pairs[1]))
+            return torch.autograd.grad(pairs, leaves, given_grads)
+
+    found = grads(*qkv)
+    with fastlm.use_backend("reference"):
+        want, theirs = grads(*(x.double() for x in qkv)), grads(*qkv)
+    for got, exact, rough in zip(found, want, theirs, strict=True):
+        scale = 8 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+        allowed = 2 * testing.error(rough.double(), exact) + scale
+        assert testing.error(got.double(), exact) <= allowed
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(found, grads(*qkv), strict=True))
 
 
 @pytest.mark.gpu

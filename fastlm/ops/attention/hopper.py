@@ -66,10 +66,14 @@ def refuses_call(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
             return "its backward takes no intervals of keys"
         if named["softcap"] > 0:
             return "its backward has no softcap"
+        starts = named["cu_seqlens_q"]
+        padding = 64 if starts is None else 64 * starts.shape[0]
+        if 2 * q.shape[0] * q.shape[2] * (q.shape[1] + padding) >= 1 << 31:
+            return "its backward counts the padded rows of all heads in 32 bits"
     if q.numel() == 0 or k.numel() == 0:
         return "a tensor is empty"
-    if max(q.shape[1], k.shape[1]) > LONGEST or q.numel() // q.shape[3] > LONGEST // 2:
-        return f"it takes at most {LONGEST} rows, half of it over all heads"
+    if max(q.shape[1], k.shape[1]) > LONGEST:
+        return f"it takes at most {LONGEST} rows"
     for what, x in (("q", q), ("k", k), ("v", v)):
         steps = [x.stride(d) for d in range(3) if x.shape[d] > 1]
         if x.stride(3) != 1 or any(s % 8 or s <= 0 or s >= 1 << 34 for s in steps):
