@@ -318,23 +318,21 @@ def test_the_op_runs_them(on_the_cpu: None) -> None:
     args = [torch.randn(2, 150, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
     with fastlm.use_backend("triton"):
         testing.check(ours, theirs, [*args, torch.randn(4, dtype=torch.bfloat16)])
-    assert hopper._fails_on(torch.device("cpu"), torch.bfloat16, 64) is None
-    hopper._fails_on.cache_clear()
+    assert hopper._self_test(torch.device("cpu"), torch.bfloat16, 64) is None
 
 
 def test_a_failed_self_test_keeps_its_reason(
     on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hopper._fails_on.cache_clear()
-    broken = interpreted(FOLDER / "gluon_kernels.py", PACKAGE, MISTAKES["wrong phase"])
+    monkeypatch.setattr(hopper, "_reasons", {})
+    stuck = interpreted(FOLDER / "gluon_kernels.py", PACKAGE, MISTAKES["wrong phase"])
     wrong = interpreted(FOLDER / "gluon_kernels.py", PACKAGE)
-    for module, reason in ((broken, "raised Deadlock"), (wrong, "off by")):
-        if module is wrong:
-            monkeypatch.setattr(wrong, "LN2", 0.7)
-        monkeypatch.setitem(sys.modules, f"{PACKAGE}.gluon_kernels", module)
+    monkeypatch.setattr(wrong, "LN2", 0.7)
+    for module, size, reason in ((stuck, 64, "raised Deadlock"), (wrong, 128, "off by")):
         monkeypatch.setattr(sys.modules[PACKAGE], "gluon_kernels", module)
-        assert reason in str(hopper._fails_on(torch.device("cpu"), torch.bfloat16, 64))
-        hopper._fails_on.cache_clear()
+        for _ in range(2):
+            assert reason in str(hopper._failed(torch.device("cpu"), torch.bfloat16, size))
+    assert len(hopper._reasons) == 2
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -517,7 +515,9 @@ def test_forward_instructions(compiled: list[dict[str, Any]]) -> None:
         assert kernel["HGMMA"] == groups * (loops + 1) * (size + keys) // 16, kernel
         # more waits than these: the compiler has put products one after another
         assert kernel["waits"] == groups * (2 * loops + 2), kernel
-        assert kernel["UTMALDG"] == (groups + 2) * size // 64, kernel
+        # the first K may stand before the loop of the producer
+        copies = (groups + 2) * size // 64
+        assert kernel["UTMALDG"] in (copies, copies + size // 64), kernel
         assert len(kernel["overlaps"]) == groups * loops, kernel
         each = 2 + keys // 2 * (2 if cfg["softcap"] else 1)  # of a thread, and of its two rows
         for between in kernel["overlaps"]:

@@ -13,6 +13,7 @@ from .gluon_common import (
     locate,
     narrow,
     put,
+    quad_bound,
     ring,
     rows_of,
     schedule,
@@ -102,7 +103,8 @@ def key_step(
     lse = gl.expand_dims(lse_smem.index(stage).load(columns), 0)
     p = gl.exp2(s * factor - lse)
     if MASKED:
-        p = kept(p, limits, row, cfg)
+        base, low, high = limits
+        p = kept(p, base + (low - row), base + (high - row), cfg.right, cfg.left, cfg)
     dv = hopper.warpgroup_mma(narrow(p, q_smem, cfg), g, dv, is_async=True)
     dp = hopper.warpgroup_mma_wait(1, deps=[dp])
     ds = p * (dp - gl.expand_dims(delta_smem.index(stage).load(columns), 0))
@@ -124,11 +126,8 @@ def key_consume(GROUP: gl.constexpr, smem, bars, work, mask, out, numbers, cfg: 
     dk_out, dv_out, line, step = out
     factor, scale = numbers
     key = place + GROUP * ROWS + gl.arange(0, ROWS, layout=cfg.score_rows)
-    limits = (key * 0, key * 0 + rows)
-    if cfg.right:
-        limits = (key - (keys - rows) - right, limits[1])
-    if cfg.left:
-        limits = (limits[0], key - (keys - rows) + left + 1)
+    # queries that attend to a key: from key + low on, below key + high
+    limits = (quad_bound(key, cfg), rows - keys - right, rows - keys + left + 1)
     dk = gl.full([ROWS, cfg.size], 0.0, gl.float32, layout=cfg.out_layout)
     dv = gl.full([ROWS, cfg.size], 0.0, gl.float32, layout=cfg.out_layout)
     k = k_smem.index(GROUP).reshape((ROWS, cfg.size))

@@ -13,6 +13,7 @@ from .gluon_common import (
     locate,
     narrow,
     put,
+    quad_bound,
     ring,
     row_limits,
     rows_of,
@@ -79,7 +80,9 @@ def query_step(
     dp, seen = hopper.warpgroup_mma_wait(0, deps=[dp, seen])
     ds = p * (dp - gl.expand_dims(delta, 1))
     if MASKED:
-        ds = kept(ds, limits, (last - 1 - j) * cfg.keys, cfg)
+        key = (last - 1 - j) * cfg.keys
+        low, high = limits
+        ds = kept(ds, quad_bound(low - key, cfg), quad_bound(high - key, cfg), cfg.left, True, cfg)
     dq = hopper.warpgroup_mma(narrow(ds, k_smem, cfg), k, dq, is_async=True)
     dq = hopper.warpgroup_mma_wait(0, deps=[dq])
     mbarrier.arrive(empty.index(stage), count=1)

@@ -231,14 +231,16 @@ def narrow(x, like, cfg: gl.constexpr):
 
 
 @gluon.jit
-def kept(x, limits, first, cfg: gl.constexpr):
-    """0 outside the columns [low, high) of a row; `first` is the first column of the tile."""
-    low, high = limits
+def kept(x, low, high, LOW: gl.constexpr, HIGH: gl.constexpr, cfg: gl.constexpr):
+    """0 outside the columns [low, high) of a row; the limits come from `quad_bound`."""
     quads = x.reshape((ROWS, cfg.keys // 8, 4, 2))
     quads = gl.convert_layout(quads, cfg.quad_layout, assert_trivial=True)
     place = quad_columns(cfg)
-    keep = (place >= quad_bound(low - first, cfg)) & (place < quad_bound(high - first, cfg))
-    quads = gl.where(keep, quads, 0.0).reshape((ROWS, cfg.keys))
+    if LOW:
+        quads = gl.where(place >= low, quads, 0.0)
+    if HIGH:
+        quads = gl.where(place < high, quads, 0.0)
+    quads = quads.reshape((ROWS, cfg.keys))
     return gl.convert_layout(quads, cfg.score_layout, assert_trivial=True)
 
 
