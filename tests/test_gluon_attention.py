@@ -377,6 +377,7 @@ def test_mistakes_of_the_backward_are_seen(mistake: str) -> None:
 
 
 def test_query_tiles_are_those_with_a_row() -> None:
+    query_range = interpreted(FOLDER / "gluon_backward_keys.py", PACKAGE).query_range
     cfg = gradients.configuration(64, reference.Options(**options(64)))
     for _ in range(500):
         rows, keys, first = (random.randrange(1, 400) for _ in range(3))
@@ -386,8 +387,7 @@ def test_query_tiles_are_those_with_a_row() -> None:
         cfg = dataclasses.replace(cfg, left=left >= 0, right=right >= 0)
         at = coordinates(rows, keys, None, None, torch.device("cpu"))
         low, high = (x[0, 0] for x in row_bounds(at, left, right, None, None))
-        from_key = interpreted_range(first, rows, keys, left, right, cfg)
-        begin, count, head, end = from_key
+        begin, count, head, end = query_range(first, rows, keys, left, right, cfg)
         stop = min(first + 128, keys)
         touched = ((low < stop) & (high > first)).nonzero()[:, 0] // 64
         visited = range(begin, begin + count)
@@ -396,10 +396,6 @@ def test_query_tiles_are_those_with_a_row() -> None:
         for tile in visited[head:end]:
             part = slice(64 * tile, min(64 * tile + 64, rows))
             assert bool(((low[part] <= first) & (high[part] >= stop)).all())
-
-
-def interpreted_range(*args: Any) -> tuple[int, int, int, int]:
-    return interpreted(FOLDER / "gluon_backward_keys.py", PACKAGE).query_range(*args)
 
 
 def test_formulas_are_those_of_the_mask() -> None:
