@@ -531,7 +531,7 @@ def test_backward_instructions(compiled: list[dict[str, Any]]) -> None:
         cfg = kernel["config"]
         size, tile = cfg["size"], 64
         of_keys = kernel["kernel"] == "key_kernel"
-        loops = 1 + (cfg["right"] or not of_keys) + cfg["left"]
+        loops = 1 + (cfg["left"] or cfg["right"]) if of_keys else 2 + cfg["left"]
         products = 2 * size // 16 + (2 if of_keys else 1) * tile // 16
         assert kernel["HGMMA"] == 2 * loops * products, kernel
         assert kernel["waits"] == 2 * loops * 3, kernel

@@ -51,13 +51,20 @@ def query_range(place, rows, keys, left, right, cfg: gl.constexpr):
 
 
 @gluon.jit
+def in_turn(j, count, head, end):
+    """The tile that comes as number j: those with a mask, [0, head) and [end, count), are first."""
+    tail = count - end
+    return gl.where(j < head, j, gl.where(j < head + tail, j - head + end, j - tail))
+
+
+@gluon.jit
 def key_produce(descs, smem, bars, where, work, cfg: gl.constexpr):
     """K and V once; then for each query head Q with lse and dO with delta, tile by tile."""
     q_desc, g_desc, k_desc, v_desc, s_desc = descs
     k_smem, v_smem, q_smem, g_smem, lse_smem, delta_smem = smem
     owned, q_full, g_full, empty = bars
     batch, key_head, group, first_row, rows, key, line, step, plane = where
-    first, count, _, _ = work
+    first, count, head, end = work
     if count > 0:
         mbarrier.expect(owned.index(0), 4 * ROWS * cfg.size * 2)
         for part in gl.static_range(2):
@@ -65,12 +72,12 @@ def key_produce(descs, smem, bars, where, work, cfg: gl.constexpr):
             tma.async_copy_global_to_shared(k_desc, place, owned.index(0), k_smem.index(part))
             tma.async_copy_global_to_shared(v_desc, place, owned.index(0), v_smem.index(part))
     for n in range(0, count * group):
-        head = key_head * group + n // count
-        row = (first + n % count) * cfg.keys
+        member = n // count
+        row = (first + in_turn(n % count, count, head, end)) * cfg.keys
         stage = n % cfg.stages
         phase = ((n // cfg.stages) & 1) ^ 1
-        place = rows_of(batch, head, first_row, rows, row, cfg)
-        at = line + (n // count) * step + row
+        place = rows_of(batch, key_head * group + member, first_row, rows, row, cfg)
+        at = line + member * step + row
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(q_full.index(stage), cfg.keys * (cfg.size * 2 + 4))
         tma.async_copy_global_to_shared(q_desc, place, q_full.index(stage), q_smem.index(stage))
@@ -132,24 +139,19 @@ def key_consume(GROUP: gl.constexpr, smem, bars, work, mask, out, numbers, cfg: 
     dv = gl.full([ROWS, cfg.size], 0.0, gl.float32, layout=cfg.out_layout)
     k = k_smem.index(GROUP).reshape((ROWS, cfg.size))
     v = v_smem.index(GROUP).reshape((ROWS, cfg.size))
+    masked = head + count - end
     if count > 0:
         mbarrier.wait(bars[0].index(0), 0)
         for member in range(0, group):
             base = member * count
-            if cfg.right:
-                for j in range(0, head):
-                    row = (first + j) * cfg.keys
+            if cfg.left or cfg.right:
+                for j in range(0, masked):
+                    row = (first + in_turn(j, count, head, end)) * cfg.keys
                     dk, dv = key_step(
                         base + j, row, dk, dv, k, v, limits, smem, bars, factor, True, cfg
                     )
-            for j in range(head, end):
+            for j in range(masked, count):
                 dk, dv = key_step(base + j, 0, dk, dv, k, v, limits, smem, bars, factor, False, cfg)
-            if cfg.left:
-                for j in range(end, count):
-                    row = (first + j) * cfg.keys
-                    dk, dv = key_step(
-                        base + j, row, dk, dv, k, v, limits, smem, bars, factor, True, cfg
-                    )
     place += GROUP * ROWS
     put(dk * scale, k_smem.index(GROUP), dk_out, line, step, place, keys, cfg)
     put(dv, v_smem.index(GROUP), dv_out, line, step, place, keys, cfg)
