@@ -108,7 +108,7 @@ def calls() -> Iterator[dict[str, Any]]:
     window = {"left": 5, "right": 0}
     most = {**intervals, **window, "sink": torch.zeros(4)}
     # three warpgroups, and two where there are more registers needed
-    yield {"size": 64, "right": 0}
+    yield {"size": 64, **packed, "right": 0, "sink": torch.zeros(4)}
     yield {"size": 64, **most, "dtype": torch.float16}
     yield {"size": 64, **most, **packed, "softcap": 20.0}
     yield {"size": 128}

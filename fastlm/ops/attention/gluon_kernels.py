@@ -337,7 +337,9 @@ def forward_kernel(
 def configuration(size: int, given: Options) -> Config:
     """Three warpgroups where 160 registers a thread are enough."""
     is_packed = given.cu_seqlens_q is not None
-    groups = 3 if size == 64 and given.softcap == 0 and not is_packed else 2
+    masks_both_sides = given.left >= 0 or given.lo is not None
+    is_large = given.softcap > 0 or (is_packed and masks_both_sides)
+    groups = 3 if size == 64 and not is_large else 2
     return Config(
         size=size,
         keys=128,
