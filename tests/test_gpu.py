@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import fastlm
 from fastlm import dispatch, testing
+from fastlm.ops.attention import hopper
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])]
@@ -298,6 +300,120 @@ def test_forced_gpu_backends_agree_too(name: str, dtype: torch.dtype) -> None:
                 raise
     if not ran:
         pytest.skip(f"no CUDA or Triton kernel takes this call of {name}")
+
+
+# sizes of attention: batch, queries, keys, heads, key heads, head size; and options
+HOPPER = {
+    "full": ((2, 384, 1024, 4, 4, 128), {}),
+    "causal": ((2, 777, 777, 8, 2, 64), {"mask": "causal"}),
+    "more_keys": ((1, 130, 2000, 4, 1, 128), {"mask": "causal", "softcap": 20.0}),
+    "rows_without_keys": ((1, 500, 130, 2, 1, 128), {"mask": "causal"}),
+    "window": ((1, 1500, 1500, 4, 2, 128), {"window": (200, 0)}),
+    "documents": ((1, 900, 900, 4, 4, 64), {"mask": "documents"}),
+}
+
+
+@pytest.fixture
+def hopper_used() -> Iterator[None]:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU of compute capability 9.0")
+    with hopper.use(), fastlm.use_backend("triton"), torch.no_grad():
+        yield
+
+
+def hopper_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
+    (batch, rows, keys, heads, key_heads, size), given = HOPPER[name]
+    torch.manual_seed(2)
+    sizes = ((rows, heads), (keys, key_heads), (keys, key_heads))
+    qkv = [randn(batch, n, h, size).to("cuda", dtype) for n, h in sizes]
+    if given.get("mask") == "documents":
+        given = {"mask": fastlm.AttnMask.documents(torch.arange(rows, device="cuda") // 70)}
+    return qkv, given
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("size", (64, 128))
+def test_hopper_attention_of_one_tile(size: int, hopper_used: None) -> None:
+    """Row i attends to key size - 1 - i alone: out is V upside down, bit for bit, unless a copy or
+    the layout of an operand is wrong. The first test to run on a new GPU."""
+    unit = 16 * torch.eye(size, device="cuda", dtype=torch.bfloat16)[None, :, None]
+    v = randn(1, size, 1, size).to("cuda", torch.bfloat16)
+    out = fastlm.attention(unit.flip(1), unit, v, scale=1.0)
+    assert torch.equal(out, v.flip(1))
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_attention(name: str, dtype: torch.dtype, hopper_used: None) -> None:
+    """The Hopper kernel against the reference, and bit for bit again: a race would differ."""
+    qkv, given = hopper_case(name, dtype)
+    call = functools.partial(fastlm.attention, **given, return_lse=True)
+    assert hopper.refuses(*qkv, **hopper_options(qkv)) is None
+    out, lse = call(*qkv)
+    with fastlm.use_backend("reference"):
+        want, want_lse = call(*(x.double() for x in qkv))
+        theirs, _ = call(*qkv)
+    allowed = 2 * testing.error(theirs.double(), want) + 8 * torch.finfo(dtype).eps
+    assert testing.error(out.double(), want) <= allowed
+    assert testing.error(lse.double(), want_lse) < 1e-4
+    for _ in range(20):
+        again, lse_again = call(*qkv)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("name", [n for n in HOPPER if n not in ("more_keys", "documents")])
+def test_hopper_attention_backward(name: str, hopper_used: None) -> None:
+    qkv, given = hopper_case(name, torch.bfloat16)
+    dout = torch.randn_like(qkv[0])
+
+    def grads(*inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            out, lse = fastlm.attention(*leaves, **given, return_lse=True)
+            pairs = (out, lse.masked_fill(lse == -torch.inf, 0.0))
+            given_grads = (dout.to(out.dtype), torch.ones_like(pairs[1]))
+            return torch.autograd.grad(pairs, leaves, given_grads)
+
+    found = grads(*qkv)
+    with fastlm.use_backend("reference"):
+        want, theirs = grads(*(x.double() for x in qkv)), grads(*qkv)
+    for got, exact, rough in zip(found, want, theirs, strict=True):
+        scale = 8 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+        allowed = 2 * testing.error(rough.double(), exact) + scale
+        assert testing.error(got.double(), exact) <= allowed
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(found, grads(*qkv), strict=True))
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("size", (64, 128))
+def test_hopper_attention_packed(size: int, hopper_used: None) -> None:
+    """Sequences that end within a tile; NaN in one reaches no other; rows behind the last are 0."""
+    starts = torch.tensor([0, 130, 130, 137, 700, 701], dtype=torch.int32, device="cuda")
+    q, k, v = (randn(800, h, size).to("cuda", torch.bfloat16) for h in (4, 2, 2))
+    call = functools.partial(
+        fastlm.attention, layout="thd", mask="causal", cu_seqlens_q=starts, cu_seqlens_k=starts
+    )
+    out = call(q, k, v)
+    with fastlm.use_backend("reference"):
+        want = call(*(x.double() for x in (q, k, v)))
+    assert testing.error(out.double(), want) < 0.03
+    assert not out[701:].any()
+    k[130:137], v[130:137] = float("nan"), float("nan")
+    poisoned = call(q, k, v)
+    assert torch.equal(out[:130], poisoned[:130]) and torch.equal(out[137:], poisoned[137:])
+
+
+def hopper_options(qkv: list[Tensor]) -> dict[str, Any]:
+    absent = ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sink", "bias", "seed")
+    numbers = {"scale": qkv[0].shape[3] ** -0.5, "left": -1, "right": -1, "softcap": 0.0}
+    return {**dict.fromkeys(absent), **numbers, "dropout_p": 0.0}
 
 
 def test_every_op_with_a_torch_op_is_listed_here() -> None:

@@ -71,14 +71,18 @@ def is_in(module: str, *packages: str) -> bool:
     return any(module == p or module.startswith(p + ".") for p in packages)
 
 
+def imports_triton(role: str) -> bool:
+    return role in TRITON_FILES or re.fullmatch(r"gluon_\w+\.py", role) is not None
+
+
 def complaints(path: Path) -> list[str]:
     """Imports of a file in fastlm/ that its layer may not have."""
     own = module_name(path)
     role = path.name
     bad = []
     for line, module in imports(path):
-        if is_in(module, "triton") and role not in TRITON_FILES:
-            reason = f"only {' and '.join(TRITON_FILES)} import triton"
+        if is_in(module, "triton") and not imports_triton(role):
+            reason = f"only {' and '.join(TRITON_FILES)} and gluon_*.py import triton"
         elif is_in(module, "fastlm.lm") and not is_in(own, "fastlm.lm"):
             reason = "the core does not know the system"
         elif is_in(own, "fastlm.lm", "fastlm.compat", "fastlm.bench"):
@@ -99,7 +103,7 @@ def complaints(path: Path) -> list[str]:
 def _ops_complaint(role: str, module: str) -> str:
     if module == "fastlm" or is_in(module, *ABOVE_OPS):
         return "an op knows nothing above it"
-    if role in ("reference.py", "triton_config.py", *TRITON_FILES):
+    if role in ("reference.py", "triton_config.py") or imports_triton(role):
         if is_in(module, "fastlm.dispatch", "fastlm.library", "fastlm.extension"):
             return "a kernel knows nothing of dispatch"
         if is_in(module, "fastlm.ops") and module.endswith(".op"):
@@ -128,7 +132,7 @@ def test_core_needs_torch_and_numpy_only() -> None:
         if not is_in(module_name(path), "fastlm.lm", "fastlm.compat")
         for line, module in imports(path)
         if module.split(".")[0] not in CORE_DEPENDENCIES
-        and not (path.name in TRITON_FILES and is_in(module, "triton"))
+        and not (imports_triton(path.name) and is_in(module, "triton"))
     ]
     assert not found
 
@@ -189,7 +193,7 @@ def test_files_and_functions_are_short() -> None:
                 documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
                 contract = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
                 length = node.end_lineno - node.lineno + 1 - contract
-                is_kernel = path.name in TRITON_FILES and node.decorator_list
+                is_kernel = imports_triton(path.name) and node.decorator_list
                 if length > (KERNEL_LINES if is_kernel else FUNCTION_LINES):
                     found.append(f"{path.relative_to(ROOT)}: {node.name}, {length} lines")
     found += [

@@ -8,8 +8,9 @@ that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
 Backends: triton (everything but float64 and head sizes above 256; a packed sequence gives the bits
-that it gives alone), cpu (everything but float64; the same bits on any number of threads, and for a
-sequence alone, in a batch or packed), torch (the CPU flash kernel of PyTorch: full or square causal
+that it gives alone; inside `hopper.use` the Hopper kernels of `gluon_kernels.py` where they take
+the call), cpu (everything but float64; the same bits on any number of threads, and for a sequence
+alone, in a batch or packed), torch (the CPU flash kernel of PyTorch: full or square causal
 attention without the other options; its backward takes no gradient through lse), reference
 (everything; blocks of query rows, memory O(S)).
 """
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
-from . import arguments, cpu_kernels, reference
+from . import arguments, cpu_kernels, hopper, reference
 from .mask import AttnMask
 
 _SHARED = (
@@ -155,16 +156,24 @@ def _torch_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     return None
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+_OPTIONS = tuple(reference.Options.__dataclass_fields__)
+
+
+def _triton_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     from . import triton_forward
 
-    return triton_forward.forward(*args)
+    named = dict(zip(_OPTIONS, given, strict=True))
+    ours = hopper if hopper.refuses(q, k, v, **named) is None else triton_forward
+    return ours.forward(q, k, v, *given)
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
     from . import triton_backward
 
-    return triton_backward.backward(*args)
+    dout, _, q, k, v, _, _, *given, _ = args
+    named = dict(zip(_OPTIONS, given, strict=True))
+    ours = hopper if hopper.refuses(q, k, v, dout=dout, **named) is None else triton_backward
+    return ours.backward(*args)
 
 
 def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
