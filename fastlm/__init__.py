@@ -3,8 +3,10 @@
 from . import nn
 from .dispatch import backends, explain, use_backend
 from .ops.attention.mask import AttnMask
+from .ops.attention.merge import merge_attention
 from .ops.attention.op import attention
 from .ops.cross_entropy.op import cross_entropy
+from .ops.decode_attention.op import decode_attention
 from .ops.embedding_gru.public import embedding_gru
 from .ops.embedding_gru.stack import gru
 from .ops.embedding_gru.token_plan import TokenPlan, token_plan
@@ -47,6 +49,7 @@ __all__ = [
     "backends",
     "cpo_loss",
     "cross_entropy",
+    "decode_attention",
     "dpo_loss",
     "embedding_gru",
     "entropy",
@@ -65,6 +68,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_logprobs",
     "linear_topk_kl_div",
+    "merge_attention",
     "nn",
     "orpo_loss",
     "pack_documents",
