@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
     _output_options(generate)
 
-    commands.add_parser("bench", help="benchmarks; see fastlm bench --help", add_help=False)
+    commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
     _output_options(doctor)
@@ -264,6 +264,8 @@ _COMMANDS = {"demo": _demo, "train": _train, "generate": _generate, "doctor": _d
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[:2] == ["bench", "recall"]:
+        return importlib.import_module("fastlm.lm.recall").main(list(argv[2:]))
     if argv[:1] == ["bench"]:
         return importlib.import_module("fastlm.bench").main(list(argv[1:]))
     args = build_parser().parse_args(argv)
