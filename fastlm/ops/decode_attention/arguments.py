@@ -154,13 +154,17 @@ def _outside(what: str, value: Tensor, bad: Tensor, allowed: str) -> None:
     raise IndexError(f"fastlm.{_OP}: {what} must be {allowed}, got {got}")
 
 
-def check_values(named: dict[str, Any]) -> None:
-    """On the CPU: lengths within the cache, blocks and rows that exist."""
-    lengths, cache, table = named["cache_seqlens"], named["k_cache"], named["block_table"]
+def check_values(
+    cache: Tensor,
+    count: int,
+    lengths: Tensor,
+    table: Tensor | None,
+    row: Tensor | None,
+    pad: Tensor | None,
+) -> None:
+    """On the CPU: lengths with `count` new keys within the cache, blocks and rows that exist."""
     if lengths.device.type != "cpu" or lengths.numel() == 0:
         return
-    new = named.get("k_new")
-    count = 0 if new is None else new.shape[1]
     most = capacity(cache, table)
     bad = (lengths < 0) | (lengths.long() + count > most)
     if bool(bad.any()):
@@ -173,8 +177,7 @@ def check_values(named: dict[str, Any]) -> None:
         bad = used & ((table < 0) | (table >= cache.shape[0]))
         if bool(bad.any()):
             _outside("block_table", table, bad, f"in [0, {cache.shape[0]}) where it is used")
-    if named["cache_batch_idx"] is not None:
-        checks.index_range(_OP, "cache_batch_idx", named["cache_batch_idx"], cache.shape[0], None)
-    pad = named["cache_leftpad"]
+    if row is not None:
+        checks.index_range(_OP, "cache_batch_idx", row, cache.shape[0], None)
     if pad is not None and bool((pad < 0).any()):
         _outside("cache_leftpad", pad, pad < 0, ">= 0")

@@ -8,7 +8,9 @@ an inference op. lse [B, H, Sq] is the natural logarithm, the sink included, -in
 attends to nothing; float32, or float64 for float64. On the CPU lengths and indices out of range
 raise IndexError before anything is written; on a GPU such a row is NaN and appends nothing.
 
-Backends: reference (everything; on a GPU it gathers the whole cache).
+Backends: cpu (C++; float32, bfloat16, float16, head size to 1024; a row gives the same bits alone,
+in any batch and on any number of threads), reference (everything; on a GPU it gathers the whole
+cache).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch, library
+from ... import dispatch, extension, library
 from . import arguments, reference
 
 _SHARED = (
@@ -44,7 +46,6 @@ _ATTEND = library.define(
     f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, {_SHARED})"
     " -> (Tensor, Tensor)",
     _fake,
-    arguments.check_values,
 )
 _APPEND = library.define(
     "decode_attention_append",
@@ -52,7 +53,6 @@ _APPEND = library.define(
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_new, Tensor v_new, "
     f"Tensor cache_seqlens, {_SHARED}) -> (Tensor, Tensor)",
     _fake,
-    arguments.check_values,
 )
 
 
@@ -62,6 +62,7 @@ def _bump(*caches: Tensor) -> None:
 
 
 def _reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *given: Any) -> Result:
+    arguments.check_values(k_cache, 0, lengths, *given[:3])
     return reference.forward(q, k_cache, v_cache, lengths, reference.Options(*given))
 
 
@@ -74,6 +75,7 @@ def _reference_append(
     lengths: Tensor,
     *given: Any,
 ) -> Result:
+    arguments.check_values(k_cache, k_new.shape[1], lengths, *given[:3])
     options = reference.Options(*given)
     reference.append(k_cache, v_cache, k_new, v_new, lengths, options)
     _bump(k_cache, v_cache)
@@ -81,6 +83,87 @@ def _reference_append(
     return reference.forward(q, k_cache, v_cache, total, options)
 
 
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _cpu_both(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    lengths: Tensor,
+    table: Tensor | None,
+    row: Tensor | None,
+    pad: Tensor | None,
+    slopes: Tensor | None,
+    sink: Tensor | None,
+    *numbers: Any,
+) -> Result:
+    batch, rows, heads, _ = q.shape
+    out = q.new_empty(batch, rows, heads, v_cache.shape[3])
+    lse = torch.empty(batch, heads, rows)
+    given = (
+        lengths.contiguous(),
+        table if table is None else _last_contiguous(table),
+        row if row is None else row.contiguous(),
+        pad if pad is None else pad.contiguous(),
+        _floats(slopes),
+        _floats(sink),
+        *numbers[:-1],
+    )
+    done = extension.raw("decode_attention")(
+        _last_contiguous(q), k_cache, v_cache, k_new, v_new, *given, out, lse
+    )
+    if not done:
+        count = 0 if k_new is None else k_new.shape[1]
+        arguments.check_values(k_cache, count, lengths, table, row, pad)
+        raise AssertionError("what the kernel found out of range is in range")
+    return out, lse
+
+
+def _cpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, *given: Any) -> Result:
+    return _cpu_both(q, _last_contiguous(k_cache), _last_contiguous(v_cache), None, None, *given)
+
+
+def _cpu_append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    lengths: Tensor,
+    *given: Any,
+) -> Result:
+    _bump(k_cache, v_cache)
+    if k_cache.stride(-1) == v_cache.stride(-1) == 1:
+        new = _last_contiguous(k_new), _last_contiguous(v_new)
+        return _cpu_both(q, k_cache, v_cache, *new, lengths, *given)
+    arguments.check_values(k_cache, k_new.shape[1], lengths, *given[:3])
+    reference.append(k_cache, v_cache, k_new, v_new, lengths, reference.Options(*given))
+    return _cpu(q, k_cache, v_cache, lengths + k_new.shape[1], *given)
+
+
+def _cpu_refuses(q: Tensor, **_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "q is float64"
+    return "a head is larger than 1024" if q.shape[3] > 1024 else None
+
+
+for _op, _call in (("decode_attention", _cpu), ("decode_attention_append", _cpu_append)):
+    dispatch.register(
+        _op,
+        "cpu",
+        _call,
+        devices=("cpu",),
+        unavailable=extension.unavailable,
+        refuses=_cpu_refuses,
+    )
 dispatch.register("decode_attention", "reference", _reference)
 dispatch.register("decode_attention_append", "reference", _reference_append)
 
