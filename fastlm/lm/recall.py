@@ -4,7 +4,9 @@
 
 Each key is asked for once, in another order; only the values asked for are predicted and counted.
 A Transformer looks the key up, however far it is; a GRU has to carry all pairs in its state through
-the noise. Both train for the same time on the same sequences. Chance is 1 / values.
+the noise. Both train for the same time on sequences of every distance up to the one that is tested.
+A guess is right in 1 of `values`; one among the values that were told and not yet asked for, in 34%
+of 8 pairs.
 
 Source: associative recall, Arora et al. 2023 (arXiv:2312.04927).
 """
@@ -15,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def contestants(task: Task, seed: int, *, gru: int = 128, transformer: int = 64)
     """Of about as many parameters, each with the learning rate that suits it."""
     torch.manual_seed(seed)
     looks = TransformerLM(
-        task.vocabulary, hidden_size=transformer, num_layers=2, num_heads=2, context=task.length
+        task.vocabulary, hidden_size=transformer, num_layers=2, num_heads=4, context=task.length
     )
     return {
         "transformer": Contestant(looks, 3e-3),
@@ -97,7 +99,8 @@ def train(contestant: Contestant, task: Task, budget: Budget, *, seed: int) -> t
     while (share := budget.share(steps, time.perf_counter() - started)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(contestant.lr, share, 0.05, 0.05)
-        tokens, targets = task.draw(generator)
+        distance = int(torch.randint(task.distance + 1, (), generator=generator))
+        tokens, targets = replace(task, distance=distance).draw(generator)
         loss, _ = model.loss(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,10 +124,12 @@ def accuracy(model: LanguageModel, task: Task, *, batches: int = 16, seed: int =
     return right / asked
 
 
-def run(task: Task, budget: Budget, *, seed: int = 0) -> dict[str, Any]:
-    """Train and test both, one after the other."""
+def run(task: Task, budget: Budget, *, seed: int = 0, only: str | None = None) -> dict[str, Any]:
+    """Train and test both, one after the other, or one of them."""
     found: dict[str, Any] = {}
     for name, contestant in contestants(task, seed).items():
+        if only not in (None, name):
+            continue
         before = accuracy(contestant.model, task)
         steps, seconds = train(contestant, task, budget, seed=seed + 1)
         found[name] = {
@@ -167,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--distance", type=int, default=Task.distance, metavar="N")
     parser.add_argument("--pairs", type=int, default=Task.pairs, metavar="N")
     parser.add_argument("--batch", type=int, default=Task.batch, metavar="N")
+    parser.add_argument("--only", choices=("transformer", "gru"), help="one of the two")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -174,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     task = Task(pairs=options.pairs, distance=options.distance, batch=options.batch)
-    result = run(task, Budget.parse(options.budget), seed=options.seed)
+    result = run(task, Budget.parse(options.budget), seed=options.seed, only=options.only)
     if options.save is not None:
         files.write_json(options.save, result)
     print(json.dumps(result, indent=1) if options.json else report(result))

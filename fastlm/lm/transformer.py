@@ -193,6 +193,8 @@ class TransformerLM(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             if name.endswith(("out.weight", "down.weight")):
                 parameter.mul_((2 * self.config.num_layers) ** -0.5)
+        if not self.config.tied:
+            self.head.weight.mul_(0.1)  # start close to what the bias says
         nn.init.zeros_(self.head.bias)
 
     @property
