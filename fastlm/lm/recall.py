@@ -1,12 +1,12 @@
-"""What attention is for: recalling, far behind, which value stood beside a key.
+"""What attention is for: recalling, far behind, what was said of a thing.
 
-    k3 v9  k0 v2  ...  (distance tokens of noise)  k0 v2  k3 v9  ...
+    (k3 is v9) (k0 is v2) ...   (distance tokens of noise)   k0? k3? ...
 
-Each key is asked for once, in another order; only the values asked for are predicted and counted.
-A Transformer looks the key up, however far it is; a GRU has to carry all pairs in its state through
-the noise. Both train for the same time on sequences of every distance up to the one that is tested.
-A guess is right in 1 of `values`; one among the values that were told and not yet asked for, in 34%
-of 8 pairs.
+A row tells some facts, one token each, then noise, then asks for each of them; only the answers are
+predicted and counted, and none is shown. A Transformer looks the fact up, however far it is; a GRU
+has to carry all of them in its state through the noise. Both train for the same time on sequences
+of every distance up to the one that is tested. A guess is right in 1 of `values`, one among the
+values that were told in 1 of `pairs`.
 
 Source: associative recall, Arora et al. 2023 (arXiv:2312.04927).
 """
@@ -39,36 +39,41 @@ class Task:
     pairs: int = 8
     keys: int = 16
     values: int = 16
-    noise: int = 16  # different tokens between the pairs and the questions
+    noise: int = 16  # different tokens between facts and questions
     distance: int = 512
     batch: int = 16
 
     @property
     def vocabulary(self) -> int:
-        return self.keys + self.values + self.noise
+        """Facts, questions, values, noise."""
+        return self.keys * self.values + self.keys + self.values + self.noise
 
     @property
     def length(self) -> int:
-        return 4 * self.pairs + self.distance
+        return 2 * self.pairs + self.distance
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """tokens and targets [B, length - 1]; a target is -100 where nothing is asked."""
+        """tokens and targets [B, length]; a target is -100 where nothing is asked."""
 
         def ints(high: int, *shape: int) -> Tensor:
             return torch.randint(high, shape, generator=generator)
 
-        order = torch.rand(self.batch, self.keys, generator=generator).argsort(1)
-        keys = order[:, : self.pairs]
-        values = self.keys + ints(self.values, self.batch, self.pairs)
-        noise = self.keys + self.values + ints(self.noise, self.batch, self.distance)
-        asked = torch.rand(self.batch, self.pairs, generator=generator).argsort(1)
-        told = torch.stack([keys, values], 2)
-        questions = told.gather(1, asked[..., None].expand(-1, -1, 2))
-        row = torch.cat([told.flatten(1), noise, questions.flatten(1)], 1)
-        targets = torch.full_like(row, IGNORED)
-        first = self.length - 2 * self.pairs
-        targets[:, first::2] = row[:, first + 1 :: 2]
-        return row[:, :-1].contiguous(), targets[:, :-1].contiguous()
+        def shuffled(count: int) -> Tensor:
+            return torch.rand(self.batch, count, generator=generator).argsort(1)
+
+        keys, values = (
+            shuffled(self.keys)[:, : self.pairs],
+            ints(self.values, self.batch, self.pairs),
+        )
+        asked = shuffled(self.pairs)
+        question = self.keys * self.values
+        answer = question + self.keys
+        noise = answer + self.values + ints(self.noise, self.batch, self.distance)
+        facts = keys * self.values + values
+        tokens = torch.cat([facts, noise, question + keys.gather(1, asked)], 1)
+        targets = torch.full_like(tokens, IGNORED)
+        targets[:, -self.pairs :] = answer + values.gather(1, asked)
+        return tokens, targets
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def run(task: Task, budget: Budget, *, seed: int = 0, only: str | None = None) -
 def report(result: dict[str, Any]) -> str:
     task = result["task"]
     lines = [
-        f"recall of {task['pairs']} pairs over {task['distance']} tokens, {result['budget']} of "
+        f"recall of {task['pairs']} facts over {task['distance']} tokens, {result['budget']} of "
         f"training each, {result['threads']} threads; chance is {result['chance']:.1%}"
     ]
     for name, row in result["models"].items():
