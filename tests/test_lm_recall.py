@@ -23,10 +23,8 @@ def test_each_question_has_its_answer_far_before_it() -> None:
         assert len(told) == 5 and max(row[:5]) < 63
         assert all(79 <= token < 83 for token in row[5:45])
         assert wanted[:45] == [recall.IGNORED] * 45
-        asked = {
-            token - 63: target - 70 for token, target in zip(row[45:], wanted[45:], strict=True)
-        }
-        assert asked == told
+        pairs = zip(row[45:], wanted[45:], strict=True)
+        assert {token - 63: target - 70 for token, target in pairs} == told
     assert int(tokens.max()) < task.vocabulary == 83
 
 

@@ -61,11 +61,8 @@ class Task:
         def shuffled(count: int) -> Tensor:
             return torch.rand(self.batch, count, generator=generator).argsort(1)
 
-        keys, values = (
-            shuffled(self.keys)[:, : self.pairs],
-            ints(self.values, self.batch, self.pairs),
-        )
-        asked = shuffled(self.pairs)
+        keys, asked = shuffled(self.keys)[:, : self.pairs], shuffled(self.pairs)
+        values = ints(self.values, self.batch, self.pairs)
         question = self.keys * self.values
         answer = question + self.keys
         noise = answer + self.values + ints(self.noise, self.batch, self.distance)
