@@ -27,7 +27,7 @@ from fastlm.lm.trainer import Trainer
 RESULTS = Path(__file__).parent / "results" / "equal_seconds.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "gru": {"hidden": 256, "lr": 8e-3},
-    "transformer": {"hidden": 128, "layers": 2, "batch": 8, "seq": 128, "lr": 4e-3},
+    "transformer": {},
 }
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastlm.lm import checkpoint, config, data, machine, preparation, trainer
+from fastlm.lm import checkpoint, compare, config, data, machine, preparation, trainer
 from fastlm.lm.budget import Budget, learning_rate
 from fastlm.lm.errors import TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate, verdict
 from fastlm.lm.model import GRULM, PlainGRULM
+from fastlm.lm.recipe import Recipe
 from fastlm.lm.transformer import PlainTransformerLM, TransformerLM
 
 SMALL = config.TrainConfig(budget="12steps", batch=4, seq=16, evals=3, eval_tokens=500, lr=1e-2)
@@ -300,3 +301,13 @@ def test_fused_and_plain_learn_alike(prepared: preparation.Prepared, kinds: list
         losses.append([run.step() for _ in range(12)])
     assert losses[1][-1] < losses[1][0]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
+
+
+@pytest.mark.parametrize("kind", ["gru", "transformer"])
+def test_side_by_side_of_each_kind(prepared: preparation.Prepared, kind: str) -> None:
+    chosen = Recipe.of({}, {"model": kind, "hidden": 16, "batch": 4, "seq": 16})
+    compared = compare.side_by_side(prepared.tokens, chosen, steps=3)
+    assert compared.tokens_per_step == 64 and len(compared.losses) == 5
+    plain, ours = (torch.tensor(side) for side in zip(*compared.losses, strict=True))
+    torch.testing.assert_close(ours, plain)
+    assert plain[-1] < plain[0]

@@ -50,9 +50,9 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=("gru", "transformer"), default=UNSET, help="kind of model (gru)"
     )
-    option("--hidden", int, "width (256)")
+    option("--hidden", int, "width (GRU 256, Transformer 128)")
     option("--embedding", int, "embedding width of a GRU (as --hidden)")
-    option("--layers", int, "layers (GRU 1, Transformer 4)")
+    option("--layers", int, "layers (GRU 1, Transformer 2)")
     option("--heads", int, "attention heads of a Transformer (4)")
     option("--kv-heads", int, "heads of keys and values (as --heads)")
     option("--ffn", int, "width inside its feed-forward part (8/3 of --hidden)")
@@ -67,9 +67,9 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--dropout", float, "dropout (0)", "P")
     parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
     option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
-    option("--lr", float, "peak learning rate (GRU 4e-3, Transformer 2e-3)", "LR")
+    option("--lr", float, "peak learning rate (4e-3)", "LR")
     option("--batch", int, "rows (GRU 32, Transformer 8)")
-    option("--seq", int, "tokens per row and step (GRU 64, Transformer 256)")
+    option("--seq", int, "tokens per row and step (GRU 64, Transformer 128)")
     option("--warmup", float, "share of the budget (0.02)", "P")
     option("--floor", float, "last learning rate over the peak (0.05)", "P")
     option("--weight-decay", float, "of matrices (0.01)", "W")

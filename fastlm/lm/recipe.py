@@ -18,10 +18,11 @@ from .store import TokenStore
 
 _TRAIN = {field.name for field in fields(TrainConfig)}
 
-# where a Transformer starts from other settings than a GRU
+# where a Transformer starts from other settings than a GRU: what did best in 40 s on one core
+# (benchmarks/LOG.md, 2026-11-27)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gru": {},
-    "transformer": {"layers": 4, "batch": 8, "seq": 256, "lr": 2e-3},
+    "transformer": {"hidden": 128, "layers": 2, "batch": 8, "seq": 128, "lr": 4e-3},
 }
 # settings that one kind has and the other has not
 _OWN = {
