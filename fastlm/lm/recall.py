@@ -4,8 +4,8 @@
 
 A row tells some facts, one token each, then noise, then asks for each of them; only the answers are
 predicted and counted, and none is shown. A Transformer looks the fact up, however far it is; a GRU
-has to carry all of them in its state through the noise. Both train for the same time on sequences
-of every distance up to the one that is tested. A guess is right in 1 of `values`, one among the
+has to carry all of them in its state through the noise. Both train for the same time, on distances
+up to a limit that grows to the tested one over the first half of it. A guess is right in 1 of `values`, one among the
 values that were told in 1 of `pairs`.
 
 Source: associative recall, Arora et al. 2023 (arXiv:2312.04927).
@@ -85,7 +85,7 @@ def contestants(task: Task, seed: int, *, gru: int = 128, transformer: int = 64)
     """Of about as many parameters, each with the learning rate that suits it."""
     torch.manual_seed(seed)
     looks = TransformerLM(
-        task.vocabulary, hidden_size=transformer, num_layers=2, num_heads=4, context=task.length
+        task.vocabulary, hidden_size=transformer, num_layers=2, num_heads=2, context=task.length
     )
     return {
         "transformer": Contestant(looks, 3e-3),
@@ -101,7 +101,8 @@ def train(contestant: Contestant, task: Task, budget: Budget, *, seed: int) -> t
     while (share := budget.share(steps, time.perf_counter() - started)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(contestant.lr, share, 0.05, 0.05)
-        distance = int(torch.randint(task.distance + 1, (), generator=generator))
+        limit = round(task.distance * min(1.0, 2.0 * share))
+        distance = int(torch.randint(limit + 1, (), generator=generator))
         tokens, targets = replace(task, distance=distance).draw(generator)
         loss, _ = model.loss(tokens, targets)
         loss.backward()
