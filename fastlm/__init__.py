@@ -11,6 +11,7 @@ from .ops.embedding_gru.public import embedding_gru
 from .ops.embedding_gru.stack import gru
 from .ops.embedding_gru.token_plan import TokenPlan, token_plan
 from .ops.generation.public import Generated, generate, generation_logprobs
+from .ops.linear.op import linear
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.linear_kl_div.op import linear_kl_div
@@ -62,6 +63,7 @@ __all__ = [
     "kl_estimate",
     "kto_loss",
     "leave_one_out_advantages",
+    "linear",
     "linear_cross_entropy",
     "linear_kl_div",
     "linear_policy_loss",

@@ -47,15 +47,29 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-clean", dest="clean", action="store_false", default=UNSET, help="keep text as it is"
     )
-    option("--hidden", int, "GRU width (256)")
-    option("--embedding", int, "embedding width (as --hidden)")
-    option("--layers", int, "GRU layers (1)")
+    parser.add_argument(
+        "--model", choices=("gru", "transformer"), default=UNSET, help="kind of model (gru)"
+    )
+    option("--hidden", int, "width (GRU 256, Transformer 128)")
+    option("--embedding", int, "embedding width of a GRU (as --hidden)")
+    option("--layers", int, "layers (GRU 1, Transformer 2)")
+    option("--heads", int, "attention heads of a Transformer (4)")
+    option("--kv-heads", int, "heads of keys and values (as --heads)")
+    option("--ffn", int, "width inside its feed-forward part (8/3 of --hidden)")
+    option("--context", int, "tokens a prediction can depend on (as --seq)")
+    option("--z-loss", float, "weight of the squared log-sum-exp, Transformer (0)", "W")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        default=UNSET,
+        help="Transformer: less memory, layers run again in the backward",
+    )
     option("--dropout", float, "dropout (0)", "P")
     parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
     option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
     option("--lr", float, "peak learning rate (4e-3)", "LR")
-    option("--batch", int, "rows (32)")
-    option("--seq", int, "tokens per row and step (64)")
+    option("--batch", int, "rows (GRU 32, Transformer 8)")
+    option("--seq", int, "tokens per row and step (GRU 64, Transformer 128)")
     option("--warmup", float, "share of the budget (0.02)", "P")
     option("--floor", float, "last learning rate over the peak (0.05)", "P")
     option("--weight-decay", float, "of matrices (0.01)", "W")
@@ -69,7 +83,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
-        description="Train, sample and measure a GRU language model on fused kernels.",
+        description="Train, sample and measure language models on fused kernels.",
         epilog="exit codes: 0 ok, 1 criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, "
         "5 out of memory or disk, 130 interrupted and saved",
         allow_abbrev=False,
@@ -111,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
     _output_options(generate)
 
-    commands.add_parser("bench", help="benchmarks; see fastlm bench --help", add_help=False)
+    commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
     _output_options(doctor)
@@ -174,7 +188,7 @@ def _train(args: argparse.Namespace) -> int:
     for line in preparation.describe(data):
         reporter.line(line)
     run = trainer.Trainer(
-        chosen.model(data.tokens),
+        chosen.make_model(data.tokens),
         data.tokens,
         data.tokenizer,
         chosen.train_config(),
@@ -250,6 +264,8 @@ _COMMANDS = {"demo": _demo, "train": _train, "generate": _generate, "doctor": _d
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[:2] == ["bench", "recall"]:
+        return importlib.import_module("fastlm.lm.recall").main(list(argv[2:]))
     if argv[:1] == ["bench"]:
         return importlib.import_module("fastlm.bench").main(list(argv[1:]))
     args = build_parser().parse_args(argv)
