@@ -14,20 +14,9 @@ struct Half {
 };
 
 #if defined(__F16C__)
-// one instruction; GCC makes a loop over lanes of a conversion of _Float16 vectors
+typedef _Float16 VecFloat16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 FASTLM_INLINE Vec load(const Half* p) {
-  typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
-  typedef Shorts Unaligned __attribute__((aligned(2), may_alias));
-  const Shorts half = *reinterpret_cast<const Unaligned*>(p);
-#if defined(__clang__)
-  typedef _Float16 Halves __attribute__((vector_size(kLanes * 2)));
-  return __builtin_convertvector((Halves)half, Vec);
-#elif defined(__AVX512F__)
-  constexpr int kRoundAsSet = 4;
-  return __builtin_ia32_vcvtph2ps512_mask(half, Vec{}, uint16_t(-1), kRoundAsSet);
-#else
-  return __builtin_ia32_vcvtph2ps256(half);
-#endif
+  return __builtin_convertvector(*reinterpret_cast<const VecFloat16*>(p), Vec);
 }
 #else
 FASTLM_INLINE Vec load(const Half* p) {
