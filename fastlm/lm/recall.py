@@ -5,8 +5,8 @@
 A row tells some facts, one token each, then noise, then asks for each of them; only the answers are
 predicted and counted, and none is shown. A Transformer looks the fact up, however far it is; a GRU
 has to carry all of them in its state through the noise. Both train for the same time, on distances
-up to a limit that grows to the tested one over the first half of it. A guess is right in 1 of `values`, one among the
-values that were told in 1 of `pairs`.
+up to a limit that grows to the tested one over the first half of it. A guess is right in 1 of
+`values`, one among the values that were told in 1 of `pairs`.
 
 Source: associative recall, Arora et al. 2023 (arXiv:2312.04927).
 """
