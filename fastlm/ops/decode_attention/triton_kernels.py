@@ -93,7 +93,7 @@ def part_kernel(
     d, e, n = tl.arange(0, PAD_D)[None, :], tl.arange(0, PAD_DV)[None, :], tl.arange(0, KEYS)
     at = q + b * q_by.batch + query.to(tl.int64)[:, None] * q_by.row + h[:, None] * q_by.head + d
     rows_here = load(at, member, 0, group * queries, D, PAD_D, True)
-    slope = extra.slopes
+    slope, bias = extra.slopes, extra.bias
     if extra.slopes is not None:
         slope = tl.load(extra.slopes + b * slope_batch + h, mask=inside, other=0.0)[:, None]
     row = b
@@ -119,7 +119,7 @@ def part_kernel(
             tl.dot(rows_here, tl.trans(keys_here), input_precision=PRECISION),
             (query[:, None], key[None, :], low[:, None], high[:, None], diagonal[:, None]),
             inside[:, None],
-            (slope, extra.bias, 0, 0),
+            (slope, bias, 0, 0),
             scale,
             softcap,
             CAPPED,
