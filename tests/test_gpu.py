@@ -420,7 +420,7 @@ def test_every_op_with_a_torch_op_is_listed_here() -> None:
     """A new op must come with a line above."""
     # tested above by tests of their own; steps of decoding, which have no gradient, by the decoder
     own = {"sample", "sampling", "generation", "generation_logprobs"}
-    hidden = {*own, "generation_step"}
+    hidden = {*own, "generation_step", "decode_attention", "decode_attention_append"}
     covered = {*OPS, *hidden}
     for name in dispatch._OPS:
         beneath = name.startswith("library_test") or name.endswith("row_statistics")

@@ -233,13 +233,12 @@ ATTENTION = ("forward_kernel", "dkdv_kernel", "dq_kernel")
 # head sizes, dtype and the options that choose tiles, the most of each kind
 KINDS = ("causal", "band", "scores", "all")
 SOME = {
-    80: [(128, "bfloat16", "causal"), (64, "bfloat16", "all"), (64, "float32", "all")],
+    80: [(128, "bfloat16", "causal"), (64, "float32", "all")],
     90: [
         (64, "bfloat16", "causal"),
         (128, "bfloat16", "causal"),
         (128, "float16", "band"),
-        (128, "bfloat16", "scores"),
-        (256, "bfloat16", "causal"),
+        (256, "bfloat16", "scores"),
         (128, "bfloat16", "all"),
     ],
 }

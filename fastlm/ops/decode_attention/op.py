@@ -191,11 +191,11 @@ def _triton_refuses(q: Tensor, v_cache: Tensor, **_: Any) -> str | None:
     return None
 
 
-for _op, _call in (("decode_attention", _triton), ("decode_attention_append", _triton_append)):
+for _op, _kernels in (("decode_attention", _triton), ("decode_attention_append", _triton_append)):
     dispatch.register(
         _op,
         "triton",
-        _call,
+        _kernels,
         devices=triton_backend.devices,
         unavailable=triton_backend.unavailable,
         refuses=_triton_refuses,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.triton_kernels import LOG2E, by, load, precision, score
+from ..attention.triton_kernels import LOG2E, Extra, by, load, precision, score
 from ..row_statistics.triton_kernels import on_device
 from .reference import Options, capacity, exists
 
@@ -37,8 +37,7 @@ def part_kernel(
     cache_row,
     good,  # whether the cache has the row: nothing is read where it has not
     table,  # int32 [B, columns] or None
-    slopes,  # float32 [B|1, H] or None
-    bias,  # None: there is none, but `score` asks
+    extra,  # of attention, of which there are slopes alone: float32 [B|1, H] or None
     q_by,
     k_by,
     v_by,
@@ -94,9 +93,9 @@ def part_kernel(
     d, e, n = tl.arange(0, PAD_D)[None, :], tl.arange(0, PAD_DV)[None, :], tl.arange(0, KEYS)
     at = q + b * q_by.batch + query.to(tl.int64)[:, None] * q_by.row + h[:, None] * q_by.head + d
     rows_here = load(at, member, 0, group * queries, D, PAD_D, True)
-    slope = slopes
-    if slopes is not None:
-        slope = tl.load(slopes + b * slope_batch + h, mask=inside, other=0.0)[:, None]
+    slope, bias = extra.slopes, extra.bias
+    if extra.slopes is not None:
+        slope = tl.load(extra.slopes + b * slope_batch + h, mask=inside, other=0.0)[:, None]
     row = b
     if cache_row is not None:
         row = tl.load(cache_row + b).to(tl.int64)
@@ -231,8 +230,7 @@ def forward(
             None if given.cache_batch_idx is None else given.cache_batch_idx.contiguous(),
             good,
             table,
-            slopes,
-            None,
+            Extra(slopes, None, None, None),
             by(q),
             by(k_cache),
             by(v_cache),
