@@ -66,6 +66,62 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--seed", int, "seed (0)")
 
 
+def _reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files and folders of text, HTML, JSON lines or CSV, also gzipped; - is standard "
+        "input; none: six novels by Jane Austen",
+    )
+    parser.add_argument("--format", choices=("auto", "text", "html", "jsonl", "csv"))
+    parser.add_argument("--column", metavar="NAME", help="field of JSON and CSV records (text)")
+    parser.add_argument("--encoding", metavar="NAME", help="of files without a mark (utf-8)")
+    parser.add_argument("--no-clean", action="store_true", help="keep text as it is")
+    parser.add_argument(
+        "--fix-encoding", action="store_true", help="repair wrongly decoded text (needs ftfy)"
+    )
+    parser.add_argument("--drop-punctuation", action="store_true", help="hurts generation")
+    parser.add_argument(
+        "--stop-words",
+        metavar="FILE|english",
+        help="words to remove, one a line; english needs scikit-learn; hurts generation",
+    )
+    parser.add_argument(
+        "--near-duplicates",
+        default="0.8",
+        metavar="R|off",
+        help="leave out what shares this much of its runs of 5 words with a document before it",
+    )
+    parser.add_argument("--min-characters", type=int, default=1, metavar="N")
+    _output_options(parser)
+
+
+def _data_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="clean text, count it, describe it, make tokens of it")
+    steps = data.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    clean = steps.add_parser("clean", help="cleaned documents into a folder, and what was removed")
+    clean.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _reading_options(clean)
+
+    stats = steps.add_parser("stats", help="sizes, words, and what cleaning would remove")
+    _reading_options(stats)
+
+    card = steps.add_parser("card", help="a data card in Markdown: composition, removals, limits")
+    card.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    card.add_argument("--license", default="", metavar="TEXT", help="terms of the text")
+    card.add_argument("--title", default="", metavar="TEXT")
+    _reading_options(card)
+
+    tokenize = steps.add_parser("tokenize", help="train a tokenizer and store the tokens")
+    tokenize.add_argument("--out", type=Path, required=True, metavar="DIR")
+    tokenize.add_argument("--tokenizer", choices=("auto", "bpe", "bytes"), default="auto")
+    tokenize.add_argument("--vocab", type=int, default=2048, metavar="N")
+    tokenize.add_argument("--holdout", metavar="NAME", help="document, or a share such as 0.1")
+    _reading_options(tokenize)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
@@ -111,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
     _output_options(generate)
 
+    _data_commands(commands)
     commands.add_parser("bench", help="benchmarks; see fastlm bench --help", add_help=False)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
@@ -246,7 +303,19 @@ def _doctor(args: argparse.Namespace) -> int:
     return errors.CRITERION_FAILED if broken else errors.OK
 
 
-_COMMANDS = {"demo": _demo, "train": _train, "generate": _generate, "doctor": _doctor}
+def _data(args: argparse.Namespace) -> int:
+    from . import datacommand
+
+    return datacommand.run(args, _reporter(args), _print_json)
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "generate": _generate,
+    "data": _data,
+    "doctor": _doctor,
+}
 
 
 def _run(argv: Sequence[str]) -> int:

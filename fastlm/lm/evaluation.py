@@ -55,8 +55,7 @@ def evaluate(
 
     A lane starts without context, so the result is a little worse than reading in one piece.
     """
-    spans = store.spans(split)
-    ids = np.concatenate([store.ids[start:stop] for start, stop in spans])[:limit]
+    ids = store.first(split, limit)
     device = next(model.parameters()).device
     rows = min(ROWS, max(1, len(ids) // LENGTH))
     lane = (len(ids) - 1) // rows
