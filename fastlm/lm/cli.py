@@ -122,6 +122,27 @@ def _data_commands(commands: Any) -> None:
     _reading_options(tokenize)
 
 
+def _prefs_commands(commands: Any) -> None:
+    prefs = commands.add_parser("prefs", help="preferences between two texts")
+    steps = prefs.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    label = steps.add_parser("label", help="say which of two texts is better, key by key")
+    label.add_argument("questions", type=Path, help="JSON lines with prompt, a and b")
+    label.add_argument("--out", type=Path, required=True, metavar="FILE", help="answers, resumed")
+    label.add_argument("--annotator", metavar="NAME", help="default: the user's name")
+    label.add_argument("--seed", type=int, default=0, help="of which text stands first")
+    _output_options(label)
+
+    check = steps.add_parser("check", help="read preferences, count them by who chose")
+    check.add_argument("paths", nargs="+", metavar="FILE")
+    check.add_argument("--format", choices=("auto", "fastlm", "hh", "messages"), default="auto")
+    check.add_argument(
+        "--provenance", metavar="KIND:NAME", help="of files without one, such as dataset:hh-rlhf"
+    )
+    check.add_argument("--out", type=Path, metavar="FILE", help="write them in fastlm's form")
+    _output_options(check)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
@@ -168,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     _output_options(generate)
 
     _data_commands(commands)
+    _prefs_commands(commands)
     commands.add_parser("bench", help="benchmarks; see fastlm bench --help", add_help=False)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
@@ -309,11 +331,44 @@ def _data(args: argparse.Namespace) -> int:
     return datacommand.run(args, _reporter(args), _print_json)
 
 
+def _prefs(args: argparse.Namespace) -> int:
+    from . import labelling, preferences
+
+    if args.step == "label":
+        answers = labelling.Answers(args.out)
+        questions = labelling.read_questions(args.questions)
+        with labelling.keyboard() as key:
+            count = labelling.label(
+                questions,
+                answers,
+                annotator=args.annotator,
+                seed=args.seed,
+                key=key,
+                out=sys.stderr if args.json else sys.stdout,
+            )
+        result: dict[str, Any] = {
+            "answered": count,
+            "answers": len(answers.records),
+            "file": str(args.out),
+        }
+    else:
+        found = preferences.load(args.paths, args.format, args.provenance)
+        if args.out is not None:
+            preferences.save(args.out, found)
+        result = {"preferences": len(found), "by": preferences.origins(found)}
+        by = ", ".join(f"{count:,} {kind}" for kind, count in result["by"].items())
+        _reporter(args).line(f"{len(found):,} preferences: {by}")
+    if args.json:
+        _print_json(result)
+    return errors.OK
+
+
 _COMMANDS = {
     "demo": _demo,
     "train": _train,
     "generate": _generate,
     "data": _data,
+    "prefs": _prefs,
     "doctor": _doctor,
 }
 
