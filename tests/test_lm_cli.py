@@ -107,6 +107,46 @@ def test_train_generate_resume(
     assert "temperature" in only_line(capsys)
 
 
+def test_train_and_generate_with_a_transformer(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--model", "transformer", "--heads", "2", "--kv-heads", "1", "--layers", "2"]
+    options += ["--dropout", "0.1", "--recompute", "--budget", "3steps", "--quiet"]
+    assert train(text, out, *options) == errors.OK
+    # kind, sizes and context come from the checkpoint
+    again = ["train", "--out", str(out), "--budget", "5steps", "--allow-change", "budget"]
+    assert cli.main([*again, "--quiet"]) == errors.OK
+    saved = checkpoint.newest(out)
+    assert saved is not None and saved.state["counters"]["steps"] == 5
+    model = saved.state["config"]["model"]
+    assert (model["kind"], model["context"], model["end"]) == ("TransformerLM", 16, 256)
+    assert cli.main([*again, "--model", "gru"]) == errors.USAGE
+    assert "is for --model transformer" in only_line(capsys)
+
+    # 40 tokens in a context of 16
+    command = ["generate", str(out), "--prompt", "It is a truth", "--max-new-tokens", "40"]
+    assert cli.main(command) == errors.OK
+    first = capsys.readouterr().out
+    assert cli.main(command) == errors.OK
+    assert capsys.readouterr().out == first and len(first) > 20
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--heads", "2"], "--heads is for --model transformer, not for gru"),
+        (["--model", "transformer", "--embedding", "8"], "--embedding is for --model gru"),
+        (["--model", "transformer", "--context", "8"], r"context must be at least seq \(16\)"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    assert train(text, tmp_path / "out", *options) == errors.USAGE
+    assert re.search(reason, only_line(capsys))
+
+
 def test_bad_checkpoint_is_4_and_nothing_is_overwritten(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import fastlm
 from fastlm.lm.generation import _StopText, generate
 from fastlm.lm.model import GRULM, PlainGRULM
 from fastlm.lm.tokenizer import ByteTokenizer
+from fastlm.lm.transformer import TransformerLM
 
 TOKENIZER = ByteTokenizer()
 
@@ -24,12 +25,22 @@ def model(kind: Any = GRULM) -> Any:
     return made
 
 
+def transformer() -> Any:
+    torch.manual_seed(1)
+    size: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "context": 12}
+    made = TransformerLM(TOKENIZER.vocab_size, end=TOKENIZER.end, **size)
+    with torch.no_grad():
+        made.head.bias[TOKENIZER.end] = made.head.bias[128:256] = -100.0
+    return made
+
+
 def text(made: Any, prompt: str = "ab", **options: Any) -> str:
     return "".join(generate(made, TOKENIZER, prompt, **{"max_new_tokens": 30, **options}))
 
 
-def test_a_seed_decides_the_text() -> None:
-    made = model()
+@pytest.mark.parametrize("make", [model, transformer])
+def test_a_seed_decides_the_text(make: Any) -> None:
+    made = make()
     assert text(made, seed=1) == text(made, seed=1)
     assert text(made, seed=1) != text(made, seed=2)
     assert len(text(made, seed=1)) == 30
@@ -60,6 +71,15 @@ def test_long_prompt_is_read_in_pieces() -> None:
     with torch.no_grad():
         best = made.eval()(torch.tensor(TOKENIZER.encode(prompt))[None])[0][0, -1].argmax()
     assert text(made, prompt, max_new_tokens=1, top_k=1) == TOKENIZER.decode([int(best)])
+
+
+@pytest.mark.parametrize("size", [5, 12, 30])
+def test_a_transformer_reads_a_prompt_as_if_it_had_made_it(size: int) -> None:
+    """Past the context of 12, and over the pieces in which text is made."""
+    made = transformer()
+    whole = text(made, "a", max_new_tokens=60, temperature=0.0)
+    prompt = "a" + whole[:size]
+    assert text(made, prompt, max_new_tokens=60 - size, temperature=0.0) == whole[size:]
 
 
 def test_stop_string_ends_the_text_and_is_not_part_of_it() -> None:

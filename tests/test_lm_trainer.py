@@ -18,9 +18,11 @@ from fastlm.lm.budget import Budget, learning_rate
 from fastlm.lm.errors import TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate, verdict
 from fastlm.lm.model import GRULM, PlainGRULM
+from fastlm.lm.transformer import PlainTransformerLM, TransformerLM
 
 SMALL = config.TrainConfig(budget="12steps", batch=4, seq=16, evals=3, eval_tokens=500, lr=1e-2)
 MODELS = [GRULM, PlainGRULM]
+TRANSFORMERS = [TransformerLM, PlainTransformerLM]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,11 @@ def make(
             os.kill(os.getpid(), signal.SIGINT)
 
     torch.manual_seed(3)
-    model = kind(prepared.tokens.vocab_size, 24, num_layers=2, dropout=0.3)
+    size: dict[str, Any] = {"hidden_size": 24, "num_layers": 2, "dropout": 0.3}
+    if kind in TRANSFORMERS:
+        end = prepared.tokenizer.end
+        size |= {"num_heads": 2, "context": settings.seq, "z_loss": 1e-3, "end": end}
+    model = kind(prepared.tokens.vocab_size, **size)
     return trainer.Trainer(
         model, prepared.tokens, prepared.tokenizer, settings, on_step=on_step, **options
     )
@@ -59,8 +65,10 @@ def parameters(run: trainer.Trainer) -> list[torch.Tensor]:
 # ---- exact resume -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("stop_at", [1, 5, 11])
+@pytest.mark.parametrize(
+    "kind, stop_at",
+    [*((kind, stop_at) for kind in MODELS for stop_at in (1, 5, 11)), (TransformerLM, 5)],
+)
 def test_resume_is_bitwise(
     prepared: preparation.Prepared, tmp_path: Path, kind: Any, stop_at: int
 ) -> None:
@@ -236,6 +244,22 @@ def test_decay_spares_vectors() -> None:
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
+def test_a_transformer_is_scored_with_half_a_context_before_it(
+    prepared: preparation.Prepared,
+) -> None:
+    model = TransformerLM(prepared.tokens.vocab_size, hidden_size=16, num_layers=2, context=12)
+    score = evaluate(model, prepared.tokens, prepared.tokenizer, limit=16 * 18 + 1)
+    start, _ = prepared.tokens.spans("held")[0]
+    ids = torch.tensor(prepared.tokens.ids[start : start + 16 * 18 + 1].astype(int))
+    lanes = ids.unfold(0, 19, 18)  # read in three pieces of 6
+    with torch.no_grad():
+        first, last = model(lanes[:, :12])[0], model(lanes[:, 6:18])[0][:, 6:]
+    logits = torch.cat([first, last], 1).transpose(1, 2)
+    want = torch.nn.functional.cross_entropy(logits, lanes[:, 1:])
+    assert score.tokens == 16 * 18
+    assert score.nats_per_token == pytest.approx(float(want), rel=1e-5)
+
+
 def test_evaluation_is_the_plain_cross_entropy(prepared: preparation.Prepared) -> None:
     model = PlainGRULM(prepared.tokens.vocab_size, 16, dropout=0.5)
     score = evaluate(model, prepared.tokens, prepared.tokenizer, limit=120)
@@ -264,11 +288,15 @@ def test_verdict(held: list[float], word: str) -> None:
     assert verdict(4.0, held).startswith(word)
 
 
-def test_fused_and_plain_learn_alike(prepared: preparation.Prepared) -> None:
+@pytest.mark.parametrize("kinds", [MODELS, TRANSFORMERS])
+def test_fused_and_plain_learn_alike(prepared: preparation.Prepared, kinds: list[Any]) -> None:
     losses = []
-    for kind in MODELS:
+    for kind in kinds:
         run = make(prepared, kind=kind)
-        run.model.dropout.p = run.model.body.gru.dropout = 0.0
+        if kind in MODELS:
+            run.model.dropout.p = run.model.body.gru.dropout = 0.0
+        else:
+            run.model.eval()  # which is without dropout
         losses.append([run.step() for _ in range(12)])
     assert losses[1][-1] < losses[1][0]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))

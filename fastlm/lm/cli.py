@@ -47,15 +47,29 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-clean", dest="clean", action="store_false", default=UNSET, help="keep text as it is"
     )
-    option("--hidden", int, "GRU width (256)")
-    option("--embedding", int, "embedding width (as --hidden)")
-    option("--layers", int, "GRU layers (1)")
+    parser.add_argument(
+        "--model", choices=("gru", "transformer"), default=UNSET, help="kind of model (gru)"
+    )
+    option("--hidden", int, "width (256)")
+    option("--embedding", int, "embedding width of a GRU (as --hidden)")
+    option("--layers", int, "layers (GRU 1, Transformer 4)")
+    option("--heads", int, "attention heads of a Transformer (4)")
+    option("--kv-heads", int, "heads of keys and values (as --heads)")
+    option("--ffn", int, "width inside its feed-forward part (8/3 of --hidden)")
+    option("--context", int, "tokens a prediction can depend on (as --seq)")
+    option("--z-loss", float, "weight of the squared log-sum-exp, Transformer (0)", "W")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        default=UNSET,
+        help="Transformer: less memory, layers run again in the backward",
+    )
     option("--dropout", float, "dropout (0)", "P")
     parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
     option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
-    option("--lr", float, "peak learning rate (4e-3)", "LR")
-    option("--batch", int, "rows (32)")
-    option("--seq", int, "tokens per row and step (64)")
+    option("--lr", float, "peak learning rate (GRU 4e-3, Transformer 2e-3)", "LR")
+    option("--batch", int, "rows (GRU 32, Transformer 8)")
+    option("--seq", int, "tokens per row and step (GRU 64, Transformer 256)")
     option("--warmup", float, "share of the budget (0.02)", "P")
     option("--floor", float, "last learning rate over the peak (0.05)", "P")
     option("--weight-decay", float, "of matrices (0.01)", "W")
@@ -146,7 +160,7 @@ def _prefs_commands(commands: Any) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
-        description="Train, sample and measure a GRU language model on fused kernels.",
+        description="Train, sample and measure language models on fused kernels.",
         epilog="exit codes: 0 ok, 1 criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, "
         "5 out of memory or disk, 130 interrupted and saved",
         allow_abbrev=False,
@@ -253,7 +267,7 @@ def _train(args: argparse.Namespace) -> int:
     for line in preparation.describe(data):
         reporter.line(line)
     run = trainer.Trainer(
-        chosen.model(data.tokens),
+        chosen.make_model(data.tokens),
         data.tokens,
         data.tokenizer,
         chosen.train_config(),

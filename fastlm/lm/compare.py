@@ -11,7 +11,7 @@ import torch
 
 from . import machine
 from .config import TrainConfig
-from .model import LanguageModel, PlainGRULM
+from .kinds import KINDS, LanguageModel
 from .recipe import Recipe
 from .store import Lanes, TokenStore
 from .trainer import make_optimizer
@@ -36,7 +36,7 @@ class _Runner:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.state = h_n.detach()
+        self.state = h_n.detach() if self.model.carries_state else None
         self.losses.append(float(loss.detach()))
         self.seconds.append(time.perf_counter() - start)
 
@@ -91,8 +91,8 @@ class Comparison:
 def side_by_side(store: TokenStore, recipe: Recipe, *, steps: int) -> Comparison:
     """Train both from equal parameters; the order within a pair alternates, so that a busy
     neighbour hits both."""
-    config, fast = recipe.train_config(), recipe.model(store)
-    plain = PlainGRULM(**recipe.model_arguments(store.vocab_size))
+    config, fast = recipe.train_config(), recipe.make_model(store)
+    plain = KINDS[recipe.model][1](**recipe.model_arguments(store.vocab_size))
     plain.load_state_dict(fast.state_dict())
     first, second = _Runner(plain, config), _Runner(fast, config)
     lanes = Lanes(

@@ -11,7 +11,8 @@ from typing import Any
 from . import checkpoint, compare, doctor, files, generation, machine, plot, preparation
 from .errors import UsageError
 from .evaluation import Score, evaluate
-from .model import LanguageModel, parameter_count
+from .kinds import LanguageModel
+from .model import parameter_count
 from .progress import Reporter
 from .recipe import Recipe
 from .tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def _pictures(out: Path, compared: compare.Comparison, reporter: Reporter) -> li
 
 
 def _trainer(recipe: Recipe, data: preparation.Prepared, out: Path, reporter: Reporter) -> Trainer:
-    model = recipe.model(data.tokens)
+    model = recipe.make_model(data.tokens)
     reporter.line(
         f"\ntraining: {parameter_count(model):,} parameters, batch {recipe.batch} x "
         f"{recipe.seq} tokens, {recipe.budget}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .model import LanguageModel
+from .kinds import LanguageModel
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
@@ -53,19 +53,21 @@ def evaluate(
 ) -> Score:
     """Score the first `limit` tokens of a split, in parallel lanes that carry their state.
 
-    A lane starts without context, so the result is a little worse than reading in one piece.
+    A lane starts without context, so the result is a little worse than reading in one piece. A
+    Transformer reads half of its context and scores the other half.
     """
     ids = store.first(split, limit)
     device = next(model.parameters()).device
-    rows = min(ROWS, max(1, len(ids) // LENGTH))
+    length = LENGTH if model.window is None else model.window // 2
+    rows = min(ROWS, max(1, len(ids) // length))
     lane = (len(ids) - 1) // rows
     lanes = np.stack([ids[row * lane : row * lane + lane + 1] for row in range(rows)])
     window = torch.from_numpy(lanes.astype(np.int64)).to(device)
     was_training = model.training
     model.eval()
     state, nats = None, 0.0
-    for start in range(0, lane, LENGTH):
-        tokens = window[:, start : min(start + LENGTH, lane)].contiguous()
+    for start in range(0, lane, length):
+        tokens = window[:, start : min(start + length, lane)].contiguous()
         targets = window[:, start + 1 : start + 1 + tokens.shape[1]].contiguous()
         loss, state = model.loss(tokens, targets, state)
         nats += float(loss) * targets.numel()

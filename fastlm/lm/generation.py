@@ -12,11 +12,9 @@ import fastlm
 
 from . import checkpoint, tokenizer
 from .errors import CheckpointError, UsageError
-from .model import GRULM, LanguageModel, PlainGRULM
+from .kinds import CLASSES, LanguageModel
 from .tokenizer import Tokenizer
 
-# prompts are read in pieces of this many tokens, so that a long one needs no more memory
-PROMPT_PIECE = 1024
 # text appears after this many tokens: far less than a second of work, and few calls from Python
 PIECE = 16
 
@@ -31,13 +29,9 @@ def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
 
 
 def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokenizer]:
-    kinds: dict[str, type[GRULM] | type[PlainGRULM]] = {
-        "GRULM": GRULM,
-        "PlainGRULM": PlainGRULM,
-    }
     try:
         settings: dict[str, Any] = dict(saved.state["config"]["model"])
-        model = kinds[settings.pop("kind")](**settings)
+        model = CLASSES[settings.pop("kind")](**settings)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{saved.path / checkpoint.STATE}: no model in it ({error})"
@@ -76,14 +70,6 @@ class _StopText:
 
     def finish(self) -> str:
         return self._held
-
-
-def _read(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor | None:
-    """The state after some tokens; None for no token."""
-    state: torch.Tensor | None = None
-    for piece in tokens.split(PROMPT_PIECE) if len(tokens) else ():
-        _, state = model.hidden(piece[None], state)
-    return state
 
 
 def generate(
@@ -131,7 +117,7 @@ def _generate(
     stream = tokenizer.stream()
     try:
         with torch.inference_mode():
-            state, last, decoder = _read(model, prompt[:-1]), prompt[-1:], model.decoder()
+            state, last, decoder = model.read(prompt[None, :-1]), prompt[-1:], model.decoder()
         for index in range(0, max_new_tokens, PIECE):
             count = min(PIECE, max_new_tokens - index)
             # not around the yield: the caller's code must not run in inference mode

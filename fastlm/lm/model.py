@@ -19,6 +19,9 @@ import fastlm.nn
 
 from .errors import UsageError
 
+# a long text is read in pieces of this many tokens, so that it needs no more memory
+PIECE = 1024
+
 # one token per row and the state in; logits [B, V] and the state out
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -80,6 +83,8 @@ class _LanguageModel(nn.Module):
     """What the two models share; they differ in `body` and in how the loss is computed."""
 
     body: nn.Module
+    window: int | None = None  # tokens that a call can read; None is any number
+    carries_state = True  # from one training step to the next
 
     def __init__(
         self,
@@ -137,6 +142,13 @@ class _LanguageModel(nn.Module):
         """One token per call, with the parameters as they are now; for inference."""
         return self.step
 
+    def read(self, tokens: Tensor) -> Tensor | None:
+        """The state after tokens [B, T], read in pieces; None for no token."""
+        state: Tensor | None = None
+        for piece in tokens.split(PIECE, 1) if tokens.shape[1] else ():
+            _, state = self.hidden(piece, state)
+        return state
+
     def step(self, tokens: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens [B] -> (logits [B, V], state [L, B, H]); `decoder` is faster for many steps."""
         logits, h_n = self(tokens[:, None], h)
@@ -174,9 +186,6 @@ class PlainGRULM(_LanguageModel):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.head(hidden).flatten(0, -2), targets.flatten())
-
-
-LanguageModel = GRULM | PlainGRULM
 
 
 def parameter_count(model: nn.Module) -> int:

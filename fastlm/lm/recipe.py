@@ -11,28 +11,47 @@ import torch
 
 from .cleaning import Cleaning
 from .config import TrainConfig
-from .errors import CheckpointError
-from .model import GRULM
+from .errors import CheckpointError, UsageError
+from .kinds import KINDS, LanguageModel
 from .preparation import DataConfig
 from .store import TokenStore
 
 _TRAIN = {field.name for field in fields(TrainConfig)}
 
+# where a Transformer starts from other settings than a GRU
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gru": {},
+    "transformer": {"layers": 4, "batch": 8, "seq": 256, "lr": 2e-3},
+}
+# settings that one kind has and the other has not
+_OWN = {
+    "gru": ("embedding",),
+    "transformer": ("heads", "kv_heads", "ffn", "context", "z_loss", "recompute"),
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """`data` None: the six novels shipped with fastlm; paths are absolute."""
+    """`data` None: the six novels shipped with fastlm; paths are absolute. `context` None is
+    `seq`."""
 
     data: tuple[str, ...] | None = None
     holdout: str | None = None
     tokenizer: str = "auto"
     vocab: int = 2048
     clean: bool = True
+    model: str = "gru"
     hidden: int = 256
     embedding: int | None = None
     layers: int = 1
+    heads: int = 4
+    kv_heads: int | None = None
+    ffn: int | None = None
+    context: int | None = None
     dropout: float = 0.0
     tied: bool = False
+    z_loss: float = 0.0
+    recompute: bool = False
     budget: str = TrainConfig.budget
     lr: float = TrainConfig.lr
     batch: int = TrainConfig.batch
@@ -46,10 +65,22 @@ class Recipe:
     eval_tokens: int = TrainConfig.eval_tokens
     patience: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.model not in KINDS:
+            raise UsageError(f"model must be one of {', '.join(KINDS)}, got {self.model!r}")
+        for kind, names in _OWN.items():
+            for name in names if kind != self.model else ():
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    option = name.replace("_", "-")
+                    raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
+        if self.context is not None and self.context < self.seq:
+            raise UsageError(f"context must be at least seq ({self.seq}), got {self.context}")
+
     @classmethod
     def of(cls, saved: dict[str, Any], given: dict[str, Any]) -> Recipe:
         """What a checkpoint remembers, overruled by what is given now."""
-        values = {**saved, **given}
+        kind = given.get("model", saved.get("model", cls.model))
+        values = {**DEFAULTS.get(kind, {}), **saved, **given}
         if values.get("data") is not None:
             values["data"] = tuple(str(Path(path).resolve()) for path in values["data"])
         try:
@@ -72,19 +103,30 @@ class Recipe:
         return TrainConfig(**{k: v for k, v in asdict(self).items() if k in _TRAIN})
 
     def model_arguments(self, vocab_size: int) -> dict[str, Any]:
-        return {
+        shared = {
             "vocab_size": vocab_size,
             "hidden_size": self.hidden,
-            "embedding_dim": self.embedding,
             "num_layers": self.layers,
             "dropout": self.dropout,
             "tied": self.tied,
         }
+        if self.model == "gru":
+            return {**shared, "embedding_dim": self.embedding}
+        return {
+            **shared,
+            "num_heads": self.heads,
+            "num_kv_heads": self.kv_heads,
+            "ffn_size": self.ffn,
+            "context": self.seq if self.context is None else self.context,
+            "z_loss": self.z_loss,
+            "recompute": self.recompute,
+            "end": vocab_size - 1,  # of every tokenizer
+        }
 
-    def model(self, store: TokenStore) -> GRULM:
+    def make_model(self, store: TokenStore) -> LanguageModel:
         """A new model, drawn with `seed`, whose first guess is how often each token occurs."""
         torch.manual_seed(self.seed)
-        model = GRULM(**self.model_arguments(store.vocab_size))
+        model = KINDS[self.model][0](**self.model_arguments(store.vocab_size))
         model.start_from_counts(store.token_counts("train"))
         return model
 

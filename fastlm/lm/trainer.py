@@ -22,7 +22,7 @@ from .config import TrainConfig, difference
 from .errors import TrainingError, UsageError
 from .evaluation import Score, evaluate, verdict
 from .interrupt import Interrupt
-from .model import LanguageModel
+from .kinds import LanguageModel
 from .progress import Progress, Quiet, Reporter
 from .store import Lanes, TokenStore
 from .tokenizer import Tokenizer
@@ -242,7 +242,7 @@ class Trainer:
             self.hidden = state
         else:
             self.optimizer.step()
-            self.hidden = h_n.detach()
+            self.hidden = h_n.detach() if self.model.carries_state else None
             self._bad_in_a_row = 0
             smooth = max(0.1, 1.0 / (counters.steps - counters.skipped + 1))
             counters.loss_ema += smooth * (value - counters.loss_ema)
