@@ -3,12 +3,15 @@
 from . import nn
 from .dispatch import backends, explain, use_backend
 from .ops.attention.mask import AttnMask
+from .ops.attention.merge import merge_attention
 from .ops.attention.op import attention
 from .ops.cross_entropy.op import cross_entropy
+from .ops.decode_attention.op import decode_attention
 from .ops.embedding_gru.public import embedding_gru
 from .ops.embedding_gru.stack import gru
 from .ops.embedding_gru.token_plan import TokenPlan, token_plan
 from .ops.generation.public import Generated, generate, generation_logprobs
+from .ops.linear.op import linear
 from .ops.linear_cross_entropy.op import linear_cross_entropy
 from .ops.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .ops.linear_kl_div.op import linear_kl_div
@@ -46,6 +49,7 @@ __all__ = [
     "backends",
     "cpo_loss",
     "cross_entropy",
+    "decode_attention",
     "dpo_loss",
     "embedding_gru",
     "entropy",
@@ -58,11 +62,13 @@ __all__ = [
     "kl_estimate",
     "kto_loss",
     "leave_one_out_advantages",
+    "linear",
     "linear_cross_entropy",
     "linear_kl_div",
     "linear_policy_loss",
     "linear_token_logprobs",
     "linear_topk_kl_div",
+    "merge_attention",
     "nn",
     "orpo_loss",
     "pack_documents",

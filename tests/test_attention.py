@@ -376,7 +376,7 @@ def test_opcheck_and_compile_with_every_argument():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_call_retain_graph_and_double_backward(backend):
-    q, k, v = (x.requires_grad_() for x in qkv(shape=(1, 5, 5, 2, 2)))
+    q, k, v = (x.requires_grad_() for x in qkv(torch.float32, (1, 5, 5, 2, 2)))
     with fastlm.use_backend(backend):
         out = fastlm.attention(q, k, v)
         first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)

@@ -173,6 +173,12 @@ def _rl(args: argparse.Namespace) -> int:
     return learning.policy_command(args, _reporter(args), _print_json)
 
 
+def _measure(args: argparse.Namespace) -> int:
+    from . import measuring
+
+    return measuring.COMMANDS[args.command](args, _reporter(args), _print_json)
+
+
 _COMMANDS = {
     "demo": _demo,
     "train": _train,
@@ -181,11 +187,16 @@ _COMMANDS = {
     "prefs": _prefs,
     "reward": _reward,
     "rl": _rl,
+    "eval": _measure,
+    "cv": _measure,
+    "summarize": _measure,
     "doctor": _doctor,
 }
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[:2] == ["bench", "recall"]:
+        return importlib.import_module("fastlm.lm.recall").main(list(argv[2:]))
     if argv[:1] == ["bench"]:
         return importlib.import_module("fastlm.bench").main(list(argv[1:]))
     args = build_parser().parse_args(argv)

@@ -99,17 +99,14 @@ class Decoder:
         cache = self._make_room(cache)
         lengths, every = cache.lengths, torch.arange(batch, device=tokens.device)
         cache.tokens[every, lengths] = tokens
-        after = lengths + 1
-        seen = fastlm.AttnMask.intervals(torch.zeros_like(after)[:, None], after[:, None])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            keys[every, lengths], values[every, lengths] = k[:, 0], v[:, 0]
-            out = fastlm.attention(q, keys, values, mask=seen)
+            out = fastlm.decode_attention(q, keys, values, lengths, k_new=k, v_new=v)
             assert isinstance(out, Tensor)
             return out
 
         attends = [partial(attend, layer) for layer in range(self.config.num_layers)]
         turns = self.model.turns()[lengths.long()][:, None]
         hidden = self.model.through(tokens[:, None], turns, attends)[:, 0]
-        return self.model.head(hidden), replace(cache, lengths=after)
+        return self.model.head(hidden), replace(cache, lengths=lengths + 1)

@@ -57,11 +57,18 @@ def _attention() -> tuple[Any, ...]:
     return tuple(torch.randn(1, 4, 2, 16) for _ in range(3))
 
 
+def _decode() -> tuple[Any, ...]:
+    cache = torch.randn(2, 1, 8, 2, 16)
+    return torch.randn(1, 2, 16), *cache, 4
+
+
 # a small call of every public function that runs an op
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "embedding_gru": _embedding_gru,
     "gru": _gru,
     "attention": _attention,
+    "decode_attention": _decode,
+    "linear": lambda: (torch.randn(64, 256), torch.randn(512, 256)),
     "cross_entropy": _logits,
     "linear_cross_entropy": _linear,
     "token_logprobs": _logits,

@@ -59,7 +59,7 @@ def _counted(
     return errors.OK
 
 
-def _open(
+def open_model(
     path: Path, data: list[str] | None, holdout: str | None
 ) -> tuple[LanguageModel, Tokenizer, Prepared]:
     """A model, and the text it was trained on, split as it was then."""
@@ -85,7 +85,7 @@ def _open(
 
 
 def _from_model(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    model, tokenizer, prepared = _open(args.model, args.data, args.holdout)
+    model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
     found = rollouts.human_over_model(
         model,
         tokenizer,
@@ -148,7 +148,7 @@ def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
 
 
 def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    model, tokenizer, prepared = _open(args.model, args.data, args.holdout)
+    model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
     judges: dict[str, policy.Reward] = {"reward": _reward_of(args.reward)}
     if args.judge is not None:
         judges["judge"] = reward.load(args.judge)

@@ -214,6 +214,36 @@ def _learning_commands(commands: Any) -> None:
     _output_options(rl)
 
 
+def _measuring_commands(commands: Any) -> None:
+    evaluate = commands.add_parser("eval", help="bits per byte of text, document by document")
+    evaluate.add_argument("model", type=Path, help="run, checkpoint or model folder")
+    evaluate.add_argument(
+        "paths", nargs="*", metavar="PATH", help="text (default: what was held out in training)"
+    )
+    evaluate.add_argument("--samples", type=int, default=64, metavar="N", help="texts to judge")
+    evaluate.add_argument("--seed", type=int, default=0)
+    _output_options(evaluate)
+
+    cv = commands.add_parser("cv", help="cross-validation: each document held out once")
+    cv.add_argument("--data", nargs="+", metavar="PATH", help="default: six novels")
+    cv.add_argument("--model", default="gru", metavar="KIND,...", help="gru, transformer or both")
+    cv.add_argument("--budget", default="20s", metavar="B", help="of each model and document (20s)")
+    cv.add_argument("--folds", type=int, metavar="N", help="only the first documents")
+    cv.add_argument("--out", type=Path, metavar="FILE", help="the same as JSON")
+    cv.add_argument("--vocab", type=int, default=2048, metavar="N")
+    cv.add_argument("--seed", type=int, default=0)
+    _output_options(cv)
+
+    summarize = commands.add_parser("summarize", help="the sentences that tell most of a text")
+    summarize.add_argument("model", type=Path, help="run, checkpoint or model folder")
+    summarize.add_argument("path", metavar="PATH", help="text, - for standard input")
+    summarize.add_argument("--sentences", type=int, default=3, metavar="N")
+    summarize.add_argument(
+        "--reference", type=Path, metavar="FILE", help="a summary to compare with, by ROUGE"
+    )
+    _output_options(summarize)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
@@ -262,7 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
     _data_commands(commands)
     _prefs_commands(commands)
     _learning_commands(commands)
-    commands.add_parser("bench", help="benchmarks; see fastlm bench --help", add_help=False)
+    _measuring_commands(commands)
+    commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
     _output_options(doctor)

@@ -139,6 +139,8 @@ def places(documents: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention, then the feed-forward part, each added to its input."""
 
+    linear = staticmethod(fastlm.linear)
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         width, size = config.hidden_size, config.head_size
@@ -154,12 +156,13 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         """x [B, T, width]; turns as in `rotate`."""
         queries, keys = self.query_heads, self.key_heads
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (queries + 2 * keys, -1))
+        heads = self.linear(self.attention_norm(x), self.qkv.weight)
+        heads = heads.unflatten(-1, (queries + 2 * keys, -1))
         q_k, v = heads.split((queries + keys, keys), 2)
         q, k = rotate(q_k, turns).split((queries, keys), 2)
-        x = x + self.dropout(self.out(attend(q, k, v).flatten(2)))
-        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, -1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
+        x = x + self.dropout(self.linear(attend(q, k, v).flatten(2), self.out.weight))
+        gate, up = self.linear(self.ffn_norm(x), self.gate_up.weight).chunk(2, -1)
+        return x + self.dropout(self.linear(F.silu(gate) * up, self.down.weight))
 
 
 class TransformerLM(nn.Module):
@@ -167,13 +170,14 @@ class TransformerLM(nn.Module):
 
     # a state of the model is the tokens before; reading them again is for evaluation alone
     carries_state = False
+    layer: type[Layer] = Layer
 
     def __init__(self, vocab_size: int, **settings: Any) -> None:
         super().__init__()
         self.config = config = TransformerConfig(vocab_size, **settings)
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=EPS)
         self.head = nn.Linear(config.hidden_size, vocab_size)
         if config.tied:
@@ -189,6 +193,8 @@ class TransformerLM(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             if name.endswith(("out.weight", "down.weight")):
                 parameter.mul_((2 * self.config.num_layers) ** -0.5)
+        if not self.config.tied:
+            self.head.weight.mul_(0.1)  # start close to what the bias says
         nn.init.zeros_(self.head.bias)
 
     @property
@@ -305,8 +311,14 @@ class TransformerLM(nn.Module):
         return self.decoder().read(tokens)
 
 
+class _PlainLayer(Layer):
+    linear = staticmethod(F.linear)
+
+
 class PlainTransformerLM(TransformerLM):
     """The same model as a PyTorch user would write it: the baseline of every comparison."""
+
+    layer = _PlainLayer
 
     def _attend(self, documents: Tensor | None) -> Attend:
         mask = None

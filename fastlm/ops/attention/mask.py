@@ -183,8 +183,13 @@ class _Documents:
         if ids is not None and ids.dim() == 1 and ids.shape[0] != rows:
             ids, starts = None, ids
         if starts is not None:
-            whole = coordinates(rows, rows, starts, starts, starts.device)
-            return limits.interval(whole.first[None, None], whole.stop[None, None])
+            starts = starts.to(torch.int32)
+            row = torch.arange(rows, dtype=torch.int32, device=starts.device)
+            found = torch.searchsorted(starts, row, right=True, out_int32=True)
+            # a row in no document stands between two equal edges
+            edges = torch.cat((starts[:1], starts, starts[-1:]))
+            first, stop = edges.index_select(0, found), edges.index_select(0, found + 1)
+            return limits.interval(first[None, None], stop[None, None])
         assert ids is not None
         if ids.shape[-1] != rows:
             checks.bad_value("AttnMask", "ids.shape[-1]", f"{rows} (as q)", ids.shape[-1])

@@ -7,9 +7,10 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: reference (everything; blocks of query rows, memory O(S)), torch (the CPU flash kernel of
-PyTorch: full or square causal attention without the other options; its backward takes no gradient
-through lse).
+Backends: cpu (everything but float64; the same bits on any number of threads, and for a sequence
+alone, in a batch or packed), reference (everything; blocks of query rows, memory O(S)), torch (the
+CPU flash kernel of PyTorch: full or square causal attention without the other options; its
+backward takes no gradient through lse).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, library
-from . import arguments, reference
+from ... import checks, dispatch, extension, library
+from . import arguments, cpu_kernels, reference
 from .mask import AttnMask
 
 _SHARED = (
@@ -153,6 +154,15 @@ def _torch_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     return None
 
 
+dispatch.register(
+    "attention",
+    "cpu",
+    cpu_kernels.forward,
+    cpu_kernels.backward,
+    devices=("cpu",),
+    unavailable=extension.unavailable,
+    refuses=cpu_kernels.refuses,
+)
 dispatch.register(
     "attention",
     "torch",
