@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,40 @@ def test_cursor_restores_exactly(steps: int) -> None:
     for _ in range(9):
         a, b = lanes.next(), other.next()
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("steps", [0, 3, 6])
+def test_workers_read_the_same_batches(tmp_path: Path, workers: int, steps: int) -> None:
+    """From a memory map that each worker opens, and from any place of the cursor."""
+    path = tmp_path / "ids.bin"
+    np.arange(150).astype(np.uint16).tofile(path)
+    ids = np.memmap(path, dtype=np.uint16, mode="r")
+
+    def lanes() -> store.Lanes:
+        return store.Lanes(ids, [(0, 60), (110, 150)], batch=3, length=7, seed=1)
+
+    plain, random_state = lanes(), torch.get_rng_state()
+    for _ in range(steps):
+        plain.next()
+    loaded = store.LoadedLanes(lanes(), workers)
+    loaded.restore(plain.state())
+    for _ in range(7):
+        a, b = plain.next(), loaded.next()
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+        assert plain.state() == loaded.state()
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_lanes_pickle_without_their_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "ids.bin"
+    np.zeros(1 << 20, np.uint16).tofile(path)
+    lanes = store.Lanes(
+        np.memmap(path, dtype=np.uint16, mode="r"), [(0, 1 << 20)], batch=2, length=9
+    )
+    data = pickle.dumps(lanes)
+    assert len(data) < 10_000
+    assert torch.equal(pickle.loads(data).next()[0], lanes.next()[0])
 
 
 def test_too_little_text() -> None:

@@ -178,6 +178,24 @@ def load_parameters(module: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path / MODEL}: {reason}") from None
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    return {
+        f"optimizer.{index}.{name}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """From `optimizer_tensors` among others."""
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(state)
+
+
 def random_state() -> tuple[Tensors, dict[str, Any]]:
     """The generators of torch, numpy and Python, as tensors and JSON."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

@@ -18,118 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import errors
-
-UNSET: Any = argparse.SUPPRESS  # so that a resumed run knows what was typed
-
-
-def _output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress lines")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-
-
-def _train_options(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
-        parser.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
-
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=UNSET,
-        metavar="PATH",
-        help="text files or folders (default: six novels by Jane Austen)",
-    )
-    option("--holdout", str, "document to hold out, or a share such as 0.1", "NAME")
-    parser.add_argument(
-        "--tokenizer", choices=("auto", "bpe", "bytes"), default=UNSET, help="default: auto"
-    )
-    option("--vocab", int, "vocabulary size of BPE (2048)")
-    parser.add_argument(
-        "--no-clean", dest="clean", action="store_false", default=UNSET, help="keep text as it is"
-    )
-    parser.add_argument(
-        "--model", choices=("gru", "transformer"), default=UNSET, help="kind of model (gru)"
-    )
-    option("--hidden", int, "width (GRU 256, Transformer 128)")
-    option("--embedding", int, "embedding width of a GRU (as --hidden)")
-    option("--layers", int, "layers (GRU 1, Transformer 2)")
-    option("--heads", int, "attention heads of a Transformer (4)")
-    option("--kv-heads", int, "heads of keys and values (as --heads)")
-    option("--ffn", int, "width inside its feed-forward part (8/3 of --hidden)")
-    option("--context", int, "tokens a prediction can depend on (as --seq)")
-    option("--z-loss", float, "weight of the squared log-sum-exp, Transformer (0)", "W")
-    parser.add_argument(
-        "--recompute",
-        action="store_true",
-        default=UNSET,
-        help="Transformer: less memory, layers run again in the backward",
-    )
-    option("--dropout", float, "dropout (0)", "P")
-    parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
-    option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
-    option("--lr", float, "peak learning rate (4e-3)", "LR")
-    option("--batch", int, "rows (GRU 32, Transformer 8)")
-    option("--seq", int, "tokens per row and step (GRU 64, Transformer 128)")
-    option("--warmup", float, "share of the budget (0.02)", "P")
-    option("--floor", float, "last learning rate over the peak (0.05)", "P")
-    option("--weight-decay", float, "of matrices (0.01)", "W")
-    option("--clip", float, "largest gradient norm, 0 for none (1)", "NORM")
-    option("--patience", int, "evaluations without progress before stopping (never)")
-    option("--evals", int, "evaluations during training (10)")
-    option("--eval-tokens", int, "held-out tokens of each but the last (32768)")
-    option("--seed", int, "seed (0)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastlm",
-        description="Train, sample and measure language models on fused kernels.",
-        epilog="exit codes: 0 ok, 1 criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, "
-        "5 out of memory or disk, 130 interrupted and saved",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="the whole job on real text, with its own criteria")
-    demo.add_argument("--quick", action="store_true", help="a smaller model for half a minute")
-    demo.add_argument("--budget", metavar="B", help="training budget, such as 10m or 2epochs")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    _output_options(demo)
-
-    train = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
-    train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
-    train.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|DIR",
-        help="auto: continue what is in --out (default); options not given are taken from there",
-    )
-    train.add_argument(
-        "--allow-change",
-        default="",
-        metavar="NAME,...",
-        help="options that may differ from the checkpoint, such as budget or lr",
-    )
-    train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
-    _train_options(train)
-    _output_options(train)
-
-    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
-    generate.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    generate.add_argument("--prompt", default="", help="text to continue (default: none)")
-    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
-    generate.add_argument("--top-k", type=int, metavar="K")
-    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    _output_options(generate)
-
-    commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
-
-    doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
-    _output_options(doctor)
-    return parser
+from .options import build_parser
 
 
 def _reporter(args: argparse.Namespace) -> Any:
@@ -260,7 +149,49 @@ def _doctor(args: argparse.Namespace) -> int:
     return errors.CRITERION_FAILED if broken else errors.OK
 
 
-_COMMANDS = {"demo": _demo, "train": _train, "generate": _generate, "doctor": _doctor}
+def _data(args: argparse.Namespace) -> int:
+    from . import datacommand
+
+    return datacommand.run(args, _reporter(args), _print_json)
+
+
+def _prefs(args: argparse.Namespace) -> int:
+    from . import learning
+
+    return learning.PREFS[args.step](args, _reporter(args), _print_json)
+
+
+def _reward(args: argparse.Namespace) -> int:
+    from . import learning
+
+    return learning.reward_command(args, _reporter(args), _print_json)
+
+
+def _rl(args: argparse.Namespace) -> int:
+    from . import learning
+
+    return learning.policy_command(args, _reporter(args), _print_json)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from . import measuring
+
+    return measuring.COMMANDS[args.command](args, _reporter(args), _print_json)
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "generate": _generate,
+    "data": _data,
+    "prefs": _prefs,
+    "reward": _reward,
+    "rl": _rl,
+    "eval": _measure,
+    "cv": _measure,
+    "summarize": _measure,
+    "doctor": _doctor,
+}
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .kinds import LanguageModel
 from .store import TokenStore
@@ -42,7 +44,6 @@ class Score:
         }
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel,
     store: TokenStore,
@@ -51,13 +52,27 @@ def evaluate(
     split: str = "held",
     limit: int | None = None,
 ) -> Score:
-    """Score the first `limit` tokens of a split, in parallel lanes that carry their state.
+    """Score the first `limit` tokens of a split, as one text."""
+    return score(model, store.first(split, limit), tokenizer)
+
+
+def by_document(
+    model: LanguageModel, store: TokenStore, tokenizer: Tokenizer, split: str = "held"
+) -> dict[str, Score]:
+    """Every document for itself."""
+    return {
+        entry.name: score(model, store.ids[entry.start : entry.stop], tokenizer)
+        for entry in store.split(split)
+    }
+
+
+@torch.no_grad()
+def score(model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer) -> Score:
+    """Score a text of two tokens or more, in parallel lanes that carry their state.
 
     A lane starts without context, so the result is a little worse than reading in one piece. A
     Transformer reads half of its context and scores the other half.
     """
-    spans = store.spans(split)
-    ids = np.concatenate([store.ids[start:stop] for start, stop in spans])[:limit]
     device = next(model.parameters()).device
     length = LENGTH if model.window is None else model.window // 2
     rows = min(ROWS, max(1, len(ids) // length))

@@ -36,12 +36,18 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace one JSON file atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Replace one file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace one JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def require_space(folder: Path, need: int) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import data, files, store, tokenizer
+from . import data, files, sources, store, texts, tokenizer
+from .cleaning import Cleaning
 from .errors import InputError, MissingExtra
 
 # part of the cache key: change it when the same input gives other tokens
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class DataConfig:
     holdout: str | float | None = None
     tokenizer: str = "auto"
     vocab_size: int = 2048
-    cleaning: data.Cleaning = data.Cleaning()
+    cleaning: Cleaning = Cleaning()
+    reading: sources.Reading = sources.Reading()
+    keep: texts.Filter = texts.Filter()
 
     def held_out(self) -> str | float:
         if self.holdout is not None:
@@ -54,36 +58,65 @@ def _open(path: Path) -> Prepared | None:
         return None
 
 
+def open_folder(path: Path) -> Prepared:
+    """A token store with its tokenizer, as `fastlm data tokenize` writes it.
+
+    Raises:
+        InputError: it is damaged; the message names the file.
+    """
+    if damage := files.damage(path):
+        raise InputError(damage)
+    return Prepared(store.TokenStore(path), tokenizer.load(path / "tokenizer.json"), False)
+
+
 def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
     """Load, clean, split, train the tokenizer on the training part only, encode.
+
+    A folder that `fastlm data tokenize` wrote is taken as it is.
 
     Raises:
         InputError: a file is unusable, or the held-out document does not exist.
     """
-    corpus = data.load(config.paths)
-    kind = config.tokenizer_kind()
+    if config.paths is not None and len(config.paths) == 1:
+        if (Path(config.paths[0]) / store.INDEX).is_file():
+            return open_folder(Path(config.paths[0]))
+    paths, kind = data.paths_of(config.paths), config.tokenizer_kind()
+    choices = [asdict(config.cleaning), asdict(config.reading), asdict(config.keep)]
     key = files.digest(
-        [VERSION, corpus.sha256, asdict(config.cleaning), kind, config.vocab_size]
-        + [config.held_out()]
+        [VERSION, sources.fingerprint(paths), *choices, kind, config.vocab_size, config.held_out()]
     )
     path = (cache or files.cache_dir()) / "tokens" / key[:24]
     found = _open(path)
     if found is not None:
         return found
-    cleaned = data.clean_corpus(corpus, config.cleaning)
-    train, held = data.hold_out(cleaned, config.held_out())
-    chosen: tokenizer.Tokenizer = tokenizer.ByteTokenizer()
-    if kind == "bpe":
-        texts = [document.text for document in train]
-        chosen = tokenizer.BPETokenizer.train(texts, config.vocab_size)
+    made: list[tokenizer.Tokenizer] = []
 
     def fill(folder: Path) -> None:
-        counts = {name: count for name, count in cleaned.counts.items() if count}
-        store.write(folder, chosen, {"train": train, "held": held}, counts)
-        chosen.save(folder / "tokenizer.json")
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".texts.") as scratch:
+            cleaned = texts.build(
+                Path(scratch),
+                paths,
+                reading=config.reading,
+                cleaning=config.cleaning,
+                keep=config.keep,
+            )
+            made.append(encode(folder, cleaned, config))
 
     files.write_folder(path, fill)
-    return Prepared(store.TokenStore(path), chosen, False)
+    return Prepared(store.TokenStore(path), made[0], False)
+
+
+def encode(folder: Path, cleaned: texts.TextStore, config: DataConfig) -> tokenizer.Tokenizer:
+    """Split, train the tokenizer on the training part only, and write the tokens."""
+    train, held = texts.hold_out(cleaned, config.held_out())
+    chosen: tokenizer.Tokenizer = tokenizer.ByteTokenizer()
+    if config.tokenizer_kind() == "bpe":
+        parts = (document.pieces() for document in train)
+        chosen = tokenizer.BPETokenizer.train(parts, config.vocab_size)
+    counts = {**cleaned.report.counts, **cleaned.report.reasons}
+    store.write(folder, chosen, {"train": train, "held": held}, counts)
+    chosen.save(folder / "tokenizer.json")
+    return chosen
 
 
 def describe(prepared: Prepared) -> list[str]:

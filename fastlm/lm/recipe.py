@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .cleaning import Cleaning
 from .config import TrainConfig
-from .data import Cleaning
 from .errors import CheckpointError, UsageError
 from .kinds import KINDS, LanguageModel
 from .preparation import DataConfig

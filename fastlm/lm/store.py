@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import files
-from .data import Document
 from .errors import InputError
 from .tokenizer import Tokenizer
 
 TOKENS = "tokens.bin"
 INDEX = "index.json"
+BLOCK = 1 << 22  # ids in memory at once
+
+
+class Document(Protocol):
+    """A text that can be read in pieces; `data` and `texts` have their own."""
+
+    @property
+    def name(self) -> str: ...
+
+    def pieces(self) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -71,12 +81,38 @@ class TokenStore:
             "characters": sum(e.characters for e in entries),
         }
 
+    def first(self, split: str, limit: int | None = None) -> NDArray[Any]:
+        """The first `limit` ids of a split, in memory."""
+        parts: list[NDArray[Any]] = []
+        for start, stop in self.spans(split):
+            if limit is not None:
+                stop = min(stop, start + limit)
+                limit -= stop - start
+            parts.append(self.ids[start:stop])
+        return np.concatenate(parts) if parts else self.ids[:0]
+
     def token_counts(self, split: str) -> Tensor:
         """How often each id occurs in a split, [V]."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for start, stop in self.spans(split):
-            counts += np.bincount(self.ids[start:stop], minlength=self.vocab_size)
+            for at in range(start, stop, BLOCK):
+                part = self.ids[at : min(stop, at + BLOCK)]
+                counts += np.bincount(part, minlength=self.vocab_size)
         return torch.from_numpy(counts)
+
+
+class _Counted:
+    """Passes pieces on and counts them."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self.bytes = self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            self.bytes += len(piece.encode())
+            self.characters += len(piece)
+            yield piece
 
 
 def write(
@@ -85,18 +121,21 @@ def write(
     splits: dict[str, Sequence[Document]],
     counts: dict[str, int] | None = None,
 ) -> None:
-    """Write the two files of a store into an existing folder; one document in memory at a time."""
+    """Write the two files of a store into an existing folder, a few megabytes in memory."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     entries: list[Entry] = []
     start = 0
     with (folder / TOKENS).open("wb") as file:
         for split, documents in splits.items():
             for document in documents:
-                ids = np.append(tokenizer.encode(document.text), tokenizer.end).astype(dtype)
-                file.write(ids.tobytes())
-                size = len(document.text.encode())
-                stop = start + len(ids)
-                entries.append(Entry(document.name, split, start, stop, size, len(document.text)))
+                stop, counted = start, _Counted(document.pieces())
+                for ids in tokenizer.encode_pieces(counted):
+                    file.write(ids.astype(dtype).tobytes())
+                    stop += len(ids)
+                file.write(np.array([tokenizer.end], dtype).tobytes())
+                stop += 1
+                size, characters = counted.bytes, counted.characters
+                entries.append(Entry(document.name, split, start, stop, size, characters))
                 start = stop
     index = {
         "format": "fastlm.tokens",
@@ -140,7 +179,6 @@ class Lanes:
                 f"{need:,}); use more text, a smaller --batch or a smaller --seq"
             )
         self.epoch = self.step = 0
-        self._turn = self._turn_of(0)
 
     def _turn_of(self, epoch: int) -> int:
         return random.Random(f"{self.seed}/{epoch}").randrange(self.size)
@@ -160,23 +198,95 @@ class Lanes:
             span = (span + 1) % len(self._spans)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def next(self) -> tuple[Tensor, Tensor, bool]:
-        """(tokens [B, T], targets [B, T], whether the state starts from zero)."""
-        if self.step == self.steps_per_epoch:
-            self.epoch, self.step = self.epoch + 1, 0
-            self._turn = self._turn_of(self.epoch)
-        offset = self._turn + self.step * self.length
+    def at(self, epoch: int, step: int) -> tuple[Tensor, Tensor, bool]:
+        """(tokens [B, T], targets [B, T], whether the state starts from zero) of one step."""
+        offset = self._turn_of(epoch) + step * self.length
         rows = np.stack(
             [self._read(offset + b * self.lane, self.length + 1) for b in range(self.batch)]
         )
-        fresh = self.step == 0
-        self.step += 1
         window = torch.from_numpy(rows.astype(np.int64))
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous(), fresh
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous(), step == 0
+
+    def next(self) -> tuple[Tensor, Tensor, bool]:
+        """`at` of the cursor, which moves on."""
+        if self.step == self.steps_per_epoch:
+            self.epoch, self.step = self.epoch + 1, 0
+        self.step += 1
+        return self.at(self.epoch, self.step - 1)
 
     def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
 
     def restore(self, state: dict[str, int]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
-        self._turn = self._turn_of(self.epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker process opens the file itself: pickling a memory map would copy all of it
+        state = dict(self.__dict__)
+        if isinstance(self._ids, np.memmap):
+            state["_ids"] = (self._ids.filename, self._ids.dtype.str)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._ids, tuple):
+            path, dtype = self._ids
+            self._ids = np.memmap(path, dtype=dtype, mode="r")
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Step i of endless training, for the workers of a DataLoader."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
+        return self._lanes.at(*divmod(index, self._lanes.steps_per_epoch))
+
+
+class _From(torch.utils.data.Sampler):
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self._start)
+
+
+class LoadedLanes:
+    """`Lanes` read by worker processes: the same batches in the same order, with the same cursor,
+    which counts what was taken and not what the workers have read ahead."""
+
+    def __init__(self, lanes: Lanes, workers: int) -> None:
+        self._lanes, self._workers = lanes, workers
+        self._iterator: Iterator[tuple[Tensor, Tensor, bool]] | None = None
+        self.batch, self.length = lanes.batch, lanes.length
+        self.steps_per_epoch, self.size = lanes.steps_per_epoch, lanes.size
+
+    @property
+    def epoch(self) -> int:
+        return self._lanes.epoch
+
+    def next(self) -> tuple[Tensor, Tensor, bool]:
+        lanes = self._lanes
+        if self._iterator is None:
+            start = lanes.epoch * lanes.steps_per_epoch + lanes.step
+            loader = torch.utils.data.DataLoader(
+                _Batches(lanes),
+                batch_size=None,
+                sampler=_From(start),
+                num_workers=self._workers,
+                # a generator of its own: the workers' seeds must not move the training's
+                generator=torch.Generator(),
+            )
+            self._iterator = iter(loader)
+        if lanes.step == lanes.steps_per_epoch:
+            lanes.epoch, lanes.step = lanes.epoch + 1, 0
+        lanes.step += 1
+        return next(self._iterator)
+
+    def state(self) -> dict[str, int]:
+        return self._lanes.state()
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._lanes.restore(state)
+        self._iterator = None

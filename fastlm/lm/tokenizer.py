@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import codecs
 import importlib
+import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ Ids = NDArray[np.int64]
 
 # texts longer than this are encoded in pieces cut at a line, which bounds the memory
 PIECE = 1 << 16
+BATCH = 64
 
 
 class DecodeStream:
@@ -55,8 +57,17 @@ class Tokenizer(ABC):
     def end(self) -> int:
         return len(self.table) - 1
 
+    def encode(self, text: str) -> Ids:
+        return np.concatenate(list(self.encode_pieces([text])))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[Ids]:
+        """Ids of a text that arrives in pieces, in memory a few megabytes at a time."""
+        parts = chunks(pieces)
+        while batch := list(itertools.islice(parts, BATCH)):
+            yield from self._encode_batch(batch)
+
     @abstractmethod
-    def encode(self, text: str) -> Ids: ...
+    def _encode_batch(self, texts: list[str]) -> list[Ids]: ...
 
     @abstractmethod
     def _payload(self) -> Any: ...
@@ -97,8 +108,8 @@ class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.table = [bytes([i]) for i in range(256)] + [b""]
 
-    def encode(self, text: str) -> Ids:
-        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64)
+    def _encode_batch(self, texts: list[str]) -> list[Ids]:
+        return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64) for text in texts]
 
     def _payload(self) -> Any:
         return None
@@ -126,14 +137,20 @@ def have_bpe() -> bool:
     return True
 
 
-def _pieces(text: str) -> list[str]:
-    pieces, start = [], 0
-    while len(text) - start > PIECE:
-        cut = text.rfind("\n", start, start + PIECE) + 1
-        cut = cut if cut > start else start + PIECE
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]]
+def chunks(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in chunks of at most `PIECE`, cut at a line end where there is one; how the
+    text arrives makes no difference."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        start = 0
+        while len(held) - start > PIECE:
+            cut = held.rfind("\n", start, start + PIECE) + 1
+            cut = cut if cut > start else start + PIECE
+            yield held[start:cut]
+            start = cut
+        held = held[start:]
+    yield held
 
 
 class BPETokenizer(Tokenizer):
@@ -149,8 +166,11 @@ class BPETokenizer(Tokenizer):
         self.table = [bytes(bytes_of[c] for c in name) for name in names] + [b""]
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 2048) -> BPETokenizer:
-        """Learn merges; short text may give fewer than `vocab_size` ids (at least 257)."""
+    def train(cls, texts: Iterable[str | Iterable[str]], vocab_size: int = 2048) -> BPETokenizer:
+        """Learn merges from texts, each whole or in pieces.
+
+        Short text may give fewer than `vocab_size` ids (at least 257).
+        """
         if vocab_size < 257:
             raise UsageError(f"vocabulary size must be at least 257, got {vocab_size}")
         library = _library()
@@ -161,13 +181,21 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
             initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         )
-        model.train_from_iterator((p for text in texts for p in _pieces(text)), trainer)
+        model.train_from_iterator(
+            (
+                chunk
+                for text in texts
+                for chunk in chunks([text] if isinstance(text, str) else text)
+            ),
+            trainer,
+        )
         return cls(model.to_str())
 
-    def encode(self, text: str) -> Ids:
-        _utf8(text)  # the library would fail without naming the reason
-        encoded = self._model.encode_batch(_pieces(text), add_special_tokens=False)
-        return np.concatenate([np.asarray(e.ids, dtype=np.int64) for e in encoded])
+    def _encode_batch(self, texts: list[str]) -> list[Ids]:
+        for text in texts:
+            _utf8(text)  # the library would fail without naming the reason
+        encoded = self._model.encode_batch(texts, add_special_tokens=False)
+        return [np.asarray(e.ids, dtype=np.int64) for e in encoded]
 
     def _payload(self) -> Any:
         return json.loads(self._model.to_str())

@@ -125,12 +125,7 @@ class Trainer:
         }
 
     def _training_tensors(self) -> tuple[checkpoint.Tensors, dict[str, Any]]:
-        state = self.optimizer.state_dict()
-        tensors = {
-            f"optimizer.{index}.{name}": value
-            for index, entry in state["state"].items()
-            for name, value in entry.items()
-        }
+        tensors = checkpoint.optimizer_tensors(self.optimizer)
         if self.hidden is not None:
             tensors["hidden"] = self.hidden
         if self.best_model is not None:
@@ -179,7 +174,7 @@ class Trainer:
             )
         checkpoint.load_parameters(self.model, saved)
         tensors = saved.tensors(checkpoint.TRAINING)
-        self._load_optimizer(tensors)
+        checkpoint.load_optimizer(self.optimizer, tensors)
         hidden = tensors.get("hidden")
         self.hidden = None if hidden is None else hidden.to(self._device)
         best = {
@@ -199,14 +194,6 @@ class Trainer:
 
     def finished(self) -> bool:
         return self.budget.share(self.counters.steps, self.counters.seconds) >= 1.0
-
-    def _load_optimizer(self, tensors: checkpoint.Tensors) -> None:
-        state = self.optimizer.state_dict()
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(state)
 
     def _record(self, event: str, **values: Any) -> None:
         if self._metrics is not None:

@@ -1,0 +1,208 @@
+"""`fastlm prefs label`: a person reads two texts and says which is better.
+
+Keys: a, b, t (tie), s (skip), u (undo), q (quit). Every answer is on disk before the next question,
+so quitting, a closed terminal and a crash lose nothing; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from . import files
+from .errors import InputError
+from .preferences import check_provenance
+
+ANSWERS = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
+HELP = "a, b, t: tie, s: skip, u: undo, q: quit"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two continuations of a prompt; `a` and `b` as in the file."""
+
+    prompt: str
+    a: str
+    b: str
+
+    @property
+    def key(self) -> str:
+        return files.digest([self.prompt, self.a, self.b])
+
+
+def read_questions(path: Path) -> list[Question]:
+    """From JSON lines with prompt, a and b.
+
+    Raises:
+        InputError: a line has not, or there is none.
+    """
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            found.append(Question(record["prompt"], record["a"], record["b"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number}: needs prompt, a and b ({error})") from None
+    if not found:
+        raise InputError(f"{path}: no question in it")
+    return found
+
+
+class Answers:
+    """The file of answers, one JSON line each; appended to, and rewritten only to undo."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    self.records.append(json.loads(line))
+                except ValueError:
+                    if number < len(lines):
+                        raise InputError(f"{path}: line {number} is damaged") from None
+                    # the last line of a session that was killed while writing
+                    self._rewrite()
+
+    def _rewrite(self) -> None:
+        files.write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+
+    def done(self) -> set[str]:
+        return {record["key"] for record in self.records}
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def undo(self) -> dict[str, Any] | None:
+        if not self.records:
+            return None
+        record = self.records.pop()
+        self._rewrite()
+        return record
+
+
+@contextmanager
+def keyboard(stream: TextIO | None = None) -> Iterator[Callable[[], str]]:
+    """A function that waits for one key of a terminal, or takes the first letter of a line.
+
+    It gives "q" at the end of the input. Keys typed ahead count.
+    """
+    stream = stream or sys.stdin
+    if not stream.isatty():
+        source = stream
+
+        def first_letter() -> str:
+            line = source.readline()
+            return line.strip()[:1].lower() if line else "q"
+
+        yield first_letter
+        return
+    import termios
+    import tty
+
+    number = stream.fileno()
+    before = termios.tcgetattr(number)
+
+    def one_key() -> str:
+        key = os.read(number, 1).decode("utf-8", "replace")
+        return "q" if key in ("", "\x04") else key.lower()
+
+    try:
+        tty.setcbreak(number, termios.TCSADRAIN)
+        yield one_key
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, before)
+
+
+def _ask(question: Question, swapped: bool, number: str, out: TextIO) -> None:
+    first, second = (question.b, question.a) if swapped else (question.a, question.b)
+    rule = "-" * 72
+    print(f"\n{rule}\n{number}   {HELP}\n{rule}\n{question.prompt}", file=out)
+    print(f"\n  [a]\n{first}\n\n  [b]\n{second}\n", file=out, flush=True)
+
+
+def label(
+    questions: list[Question],
+    answers: Answers,
+    *,
+    annotator: str | None = None,
+    seed: int = 0,
+    key: Callable[[], str],
+    out: TextIO | None = None,
+) -> int:
+    """Ask until the questions or the patience end; returns how many were answered now.
+
+    Which text stands first is drawn from the seed and the question, so that neither side has the
+    better place; the record says what was shown.
+    """
+    out = out or sys.stdout
+    name = annotator or getpass.getuser()
+    provenance = check_provenance(f"human:{name}", "--annotator")
+    todo = [q for q in questions if q.key not in answers.done()]
+    already, count, at = len(questions) - len(todo), 0, 0
+    history: list[int] = []
+    while at < len(todo):
+        question = todo[at]
+        swapped = random.Random(f"{seed}/{question.key}").random() < 0.5
+        _ask(question, swapped, f"{already + at + 1} of {len(questions)}", out)
+        pressed = key()
+        while pressed not in (*ANSWERS, "u", "q"):
+            print(HELP, file=out, flush=True)
+            pressed = key()
+        if pressed == "q":
+            break
+        if pressed == "u":
+            if not history:
+                print("nothing to undo in this session", file=out)
+                continue
+            at = history.pop()
+            answers.undo()
+            count -= 1
+            continue
+        choice = ANSWERS[pressed]
+        if swapped and choice in ("a", "b"):
+            choice = "b" if choice == "a" else "a"
+        answers.add(
+            {
+                "key": question.key,
+                "prompt": question.prompt,
+                "a": question.a,
+                "b": question.b,
+                "choice": choice,
+                "shown_first": "b" if swapped else "a",
+                "provenance": provenance,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+        )
+        history.append(at)
+        count += 1
+        at += 1
+    choices = [record["choice"] for record in answers.records]
+    told = ", ".join(f"{choices.count(c)} {c}" for c in ("a", "b", "tie", "skip"))
+    print(f"\n{len(choices)} answers in {answers.path} ({told})", file=out)
+    if at < len(todo):
+        print(f"{len(todo) - at} questions left; the same command goes on", file=out)
+    return count

@@ -1,0 +1,197 @@
+"""`fastlm prefs`, `fastlm reward`, `fastlm rl`: from preferences to a model that is preferred."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, errors, generation, labelling, policy, preferences, reward, rollouts
+from .kinds import LanguageModel
+from .preparation import DataConfig, Prepared, prepare
+from .progress import Reporter
+from .tokenizer import Tokenizer
+
+PrintJSON = Callable[[Any], None]
+JUDGED = 200  # texts before and after
+
+
+def _label(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    answers = labelling.Answers(args.out)
+    questions = labelling.read_questions(args.questions)
+    with labelling.keyboard() as key:
+        count = labelling.label(
+            questions,
+            answers,
+            annotator=args.annotator,
+            seed=args.seed,
+            key=key,
+            out=sys.stderr if args.json else sys.stdout,
+        )
+    if args.json:
+        print_json({"answered": count, "answers": len(answers.records)})
+    return errors.OK
+
+
+def _check(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    found = preferences.load(args.paths, args.format, args.provenance)
+    if args.out is not None:
+        preferences.save(args.out, found)
+    return _counted(args, found, reporter, print_json)
+
+
+def _counted(
+    args: argparse.Namespace,
+    found: list[preferences.Preference],
+    reporter: Reporter,
+    print_json: PrintJSON,
+) -> int:
+    by = preferences.origins(found)
+    told = ", ".join(f"{count:,} {kind}" for kind, count in by.items())
+    reporter.line(f"{len(found):,} preferences: {told}")
+    if args.json:
+        print_json({"preferences": len(found), "by": by})
+    return errors.OK
+
+
+def open_model(
+    path: Path, data: list[str] | None, holdout: str | None
+) -> tuple[LanguageModel, Tokenizer, Prepared]:
+    """A model, and the text it was trained on, split as it was then."""
+    saved = checkpoint.find(path)
+    model, tokenizer = generation.load_checkpoint(saved)
+    settings = saved.state.get("settings", {})
+    paths = tuple(data) if data is not None else settings.get("data")
+    which: str | float | None = holdout if holdout is not None else settings.get("holdout")
+    try:
+        which = None if which is None else float(which)
+    except ValueError:
+        pass  # the name of a document
+    config = DataConfig(
+        None if paths is None else tuple(paths), which, tokenizer.kind, settings.get("vocab", 2048)
+    )
+    prepared = prepare(config)
+    if prepared.tokenizer.sha256 != tokenizer.sha256:
+        raise errors.InputError(
+            f"{path}: the model's tokenizer is not that of this text; give --data and --holdout as "
+            "in its training"
+        )
+    return model, tokenizer, prepared
+
+
+def _from_model(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
+    found = rollouts.human_over_model(
+        model,
+        tokenizer,
+        prepared.tokens,
+        split=args.split,
+        count=args.count,
+        prompt=args.prompt_tokens,
+        length=args.tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    preferences.save(args.out, found)
+    return _counted(args, found, reporter, print_json)
+
+
+PREFS = {"label": _label, "check": _check, "from-model": _from_model}
+
+
+def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    _, tokenizer = generation.load(args.model)
+    train = preferences.load(args.preferences, args.format, args.provenance)
+    test = preferences.load(args.test, args.format, args.provenance) if args.test else None
+    config = reward.RewardConfig(
+        args.kind, args.budget, args.hidden, batch=args.batch, lr=args.lr, seed=args.seed
+    )
+    model = reward.fit(train, tokenizer, config, reporter=reporter)
+    report = None if test is None else reward.evaluate(model, test, tokenizer)
+    reward.save(args.out, model, tokenizer, report)
+    if report is None:
+        reporter.line("not evaluated: --test FILE gives preferences to judge it by")
+    else:
+        for line in report.lines():
+            reporter.line(line)
+    reporter.line(f"written to {args.out}")
+    if args.json:
+        print_json({"report": None if report is None else report.to_json(), "out": str(args.out)})
+    return errors.OK
+
+
+def _reward_of(name: str) -> policy.Reward:
+    if Path(name).is_dir():
+        return reward.load(Path(name))
+    return policy.reward_function(name)
+
+
+def compare(
+    model: LanguageModel, tokenizer: Tokenizer, prepared: Prepared, judges: dict[str, policy.Reward]
+) -> dict[str, float]:
+    """Mean reward of each judge for continuations of held-out contexts, always the same ones."""
+    places = rollouts.contexts(prepared.tokens, "held", JUDGED, 24, 1, seed=11)
+    prompts = torch.stack([place.prompt for place in places])
+    made = rollouts.rollout(model, prompts, 40, end=tokenizer.end, seed=11)
+    texts, before = made.texts(tokenizer), [tokenizer.decode(p.tolist()) for p in prompts]
+    return {name: float(policy.judged(j, before, texts).mean()) for name, j in judges.items()}
+
+
+def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
+    """The reward rose, and whoever was not optimised sees a loss."""
+    return after["reward"] > before["reward"] and after.get("judge", 0.0) < before.get("judge", 0.0)
+
+
+def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
+    judges: dict[str, policy.Reward] = {"reward": _reward_of(args.reward)}
+    if args.judge is not None:
+        judges["judge"] = reward.load(args.judge)
+    names = policy.PolicyConfig.__dataclass_fields__
+    config = policy.PolicyConfig(**{k: v for k, v in vars(args).items() if k in names})
+    run = policy.PolicyGradient(
+        model,
+        tokenizer,
+        prepared.tokens,
+        judges["reward"],
+        config,
+        out=args.out,
+        reporter=reporter,
+        save_every=args.save_every,
+    )
+    saved = checkpoint.newest(args.out)
+    if saved is not None:
+        if args.resume == "never":
+            raise errors.UsageError(f"{args.out}: has checkpoints; choose another --out")
+        run.resume(saved, allow=("budget",))
+        reporter.line(f"resumed from {saved.path}")
+    before = compare(run.reference, tokenizer, prepared, judges)
+    result = run.fit()
+    if result.stopped == "interrupted":
+        reporter.line("interrupted and saved; the same command goes on")
+        return errors.INTERRUPTED
+    after = compare(model, tokenizer, prepared, judges)
+    alarm = over_optimised(before, after)
+    for name in judges:
+        reporter.line(f"{name}: {before[name]:+.3f} before, {after[name]:+.3f} after")
+    if alarm:
+        reporter.line("OVER-OPTIMISED: the reward rose, the judge that was not optimised fell")
+    state = {"config": {"model": run.described()["model"]}, "settings": {}}
+    checkpoint.write(args.out / "model", model.state_dict(), {}, state, tokenizer)
+    reporter.line(f"stopped by {result.stopped}; model: {args.out / 'model'}")
+    if args.json:
+        print_json(
+            {
+                "stopped": result.stopped,
+                "before": before,
+                "after": after,
+                "over_optimised": alarm,
+                "history": [asdict(done) for done in result.history],
+            }
+        )
+    return errors.OK

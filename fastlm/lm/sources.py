@@ -1,0 +1,393 @@
+"""Text in: files, folders, gzip, JSON lines, CSV, HTML and standard input, read once, in pieces.
+
+A document reaches the caller as an iterator of pieces, so that its size does not matter: one line
+of a gigabyte is read in constant memory. Only a record of JSON or CSV stands in memory whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import IO, Any, cast
+
+from .errors import InputError, UsageError
+
+FORMATS = ("auto", "text", "html", "jsonl", "csv")
+STDIN = "-"
+BLOCK = 1 << 20
+# a record is parsed whole: beyond this the file is hardly what its name says
+LARGEST_RECORD = 1 << 26
+# above this share of undecodable bytes a file is not text in the encoding we read
+MAX_BAD_BYTES = 0.01
+
+_KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".html": "html",
+    ".htm": "html",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+Pieces = Iterator[str]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become text. `column`: the field of JSON and CSV records that holds it."""
+
+    format: str = "auto"
+    column: str = "text"
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise UsageError(f"unknown encoding {self.encoding!r}") from None
+
+
+@dataclass
+class Tally:
+    """What reading met: counts by kind, and the first example of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, what: str, example: str) -> None:
+        self.counts[what] += 1
+        self.examples.setdefault(what, example)
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def _expand(paths: Iterable[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _KINDS)
+            if not found:
+                known = ", ".join(_KINDS)
+                raise InputError(f"{path}: no file in this folder ends in {known} (or .gz)")
+            files += found
+        else:
+            files.append(path)
+    return list(dict.fromkeys(files))
+
+
+def _stem(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    suffix = Path(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in _KINDS else name
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """One name for each file, unlike each other."""
+    taken, found = set[str](), []
+    for path in paths:
+        stem = "stdin" if str(path) == STDIN else _stem(path)
+        name, number = stem, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        found.append(name)
+    return found
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, unpacked; what the system refuses becomes an InputError naming it."""
+    try:
+        with _opened(path) as file:
+            while block := file.read(BLOCK):
+                yield block
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: damaged gzip file ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _opened(path: Path) -> AbstractContextManager[IO[bytes]]:
+    if str(path) == STDIN:
+        return nullcontext(sys.stdin.buffer)
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+class _BadBytes:
+    """An error handler of codecs that replaces and counts."""
+
+    NAME = "fastlm.count"
+
+    def __init__(self) -> None:
+        self.count = 0
+        codecs.register_error(self.NAME, self)
+
+    def __call__(self, error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeDecodeError):
+            raise error
+        self.count += error.end - error.start
+        return "\ufffd" * (error.end - error.start), error.end
+
+
+def _decoded(path: Path, encoding: str, counts: Counter[str]) -> Pieces:
+    """Text of a file; raises at its end when too much of it was no text."""
+    blocks = _blocks(path)
+    first = next(blocks, b"")
+    while len(first) < 2 and (block := next(blocks, b"")):
+        first += block
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    bad = _BadBytes()
+    decoder = codecs.getincrementaldecoder(encoding)(bad.NAME)
+    size, nul, blank = 0, 0, True
+
+    def decode(block: bytes, final: bool = False) -> str:
+        # each reader has its own counter, and another one may have registered since
+        codecs.register_error(bad.NAME, bad)
+        return decoder.decode(block, final)
+
+    def look(text: str) -> str:
+        nonlocal nul, blank
+        nul += text.count("\0")
+        blank = blank and not text.strip()
+        return text
+
+    block = first
+    while block:
+        size += len(block)
+        if text := look(decode(block)):
+            yield text
+        block = next(blocks, b"")
+    if text := look(decode(b"", True)):
+        yield text
+    if bad.count + nul > MAX_BAD_BYTES * size:
+        what = "NUL bytes" if nul > bad.count else f"bytes that are not {encoding.upper()}"
+        raise InputError(
+            f"{path}: not text, {bad.count + nul:,} of {size:,} bytes are {what}; "
+            "convert it first, for example with iconv -t utf-8, or name its --encoding"
+        )
+    if blank:
+        raise InputError(f"{path}: empty, no text in it")
+    counts["undecodable bytes"] += bad.count
+
+
+class _Text(HTMLParser):
+    """The visible text of HTML, a line for each block element."""
+
+    HIDDEN = frozenset({"script", "style", "head", "noscript", "template"})
+    BLOCKS = frozenset(
+        "p div br li ul ol tr table h1 h2 h3 h4 h5 h6 pre blockquote section article hr dd dt"
+        " header footer main nav aside figure figcaption td th".split()
+    )
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self._out: list[str] = []
+        self._hidden = 0
+        self.tags = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags += 1
+        self._hidden += tag in self.HIDDEN
+        if tag in self.BLOCKS:
+            self._out.append("\n")
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags += 1
+        if tag in self.BLOCKS:
+            self._out.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.HIDDEN:
+            self._hidden = max(0, self._hidden - 1)
+        if tag in self.BLOCKS:
+            self._out.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self._out.append(data)
+
+    def take(self) -> str:
+        text, self._out = "".join(self._out), []
+        return text
+
+
+def without_tags(pieces: Pieces, counts: Counter[str]) -> Pieces:
+    """HTML to text: tags, scripts and styles out, entities to characters."""
+    parser = _Text()
+    for piece in pieces:
+        parser.feed(piece)
+        if text := parser.take():
+            yield text
+    parser.close()
+    if text := parser.take():
+        yield text
+    counts["HTML tags"] += parser.tags
+
+
+def _lines(path: Path, pieces: Pieces) -> Iterator[tuple[int, str]]:
+    """Numbered lines, from 1, without their ends."""
+    number, rest = 0, ""
+    for piece in pieces:
+        # splitlines would also cut at the separators that stand inside a JSON string
+        *whole, rest = (rest + piece).split("\n")
+        for line in whole:
+            number += 1
+            yield number, line.rstrip("\r")
+        if len(rest) > LARGEST_RECORD:
+            raise InputError(
+                f"{path}: line {number + 1} is longer than {LARGEST_RECORD >> 20} MiB; "
+                "as plain text it could be read: --format text"
+            )
+    if rest:
+        yield number + 1, rest.rstrip("\r")
+
+
+def _no_column(path: Path, line: int, column: str, there: Iterable[object]) -> InputError:
+    listed = ", ".join(map(repr, there)) or "none"
+    return InputError(
+        f"{path}: line {line} has no column {column!r}; there are {listed} (--column)"
+    )
+
+
+def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
+    """JSON objects by line number. A line that is no object is counted and left out."""
+    for number, line in _lines(path, pieces):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.lstrip("\ufeff"))
+        except ValueError as error:
+            tally.add("lines that are not JSON", f"{path}: line {number}: {error}")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            tally.add("lines that are not JSON objects", f"{path}: line {number}")
+
+
+def csv_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of CSV (or of tabs) by line number; the first row names the columns."""
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    before = csv.field_size_limit(LARGEST_RECORD)
+    try:
+        lines = (line.lstrip("\ufeff") + "\n" for _, line in _lines(path, pieces))
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        for row in reader:
+            extra = row.pop(None, None)  # type: ignore[call-overload]
+            if extra is not None or None in row.values():
+                tally.add("rows of another length", f"{path}: line {reader.line_num}")
+                continue
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+RECORDS: dict[str, Callable[[Path, Pieces, Tally], Iterator[tuple[int, dict[str, Any]]]]] = {
+    "jsonl": json_records,
+    "csv": csv_records,
+}
+
+
+def kind_of(path: Path, reading: Reading) -> str:
+    return _KINDS.get(_suffix(path), "text") if reading.format == "auto" else reading.format
+
+
+def records(
+    path: Path, reading: Reading, tally: Tally, columns: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Records of one JSON-lines or CSV file that have these columns as text.
+
+    Raises:
+        InputError: a column is missing, or no line could be used; the message names the first.
+    """
+    kind = kind_of(path, reading)
+    if kind not in RECORDS:
+        raise InputError(f"{path}: records are .jsonl or .csv, or say --format jsonl")
+    count = 0
+    pieces = _decoded(path, reading.encoding, tally.counts)
+    for number, record in RECORDS[kind](path, pieces, tally):
+        for column in columns:
+            if column not in record:
+                raise _no_column(path, number, column, record)
+        if not all(isinstance(record[column], str) for column in columns):
+            tally.add("records whose column is no text", f"{path}: line {number}")
+            continue
+        count += 1
+        yield number, {column: record[column] for column in columns}
+    if not count:
+        why = next(iter(tally.examples.values()), "no record in it")
+        raise InputError(f"{path}: no usable record ({why})")
+
+
+def read(
+    paths: Sequence[str | Path], reading: Reading | None = None, tally: Tally | None = None
+) -> Iterator[tuple[str, Pieces]]:
+    """(name, pieces of text) of every document, in order; take all pieces of one before the next.
+
+    A file is a document; in JSON lines and CSV a record is, named FILE:LINE. "-" is standard input.
+
+    Raises:
+        InputError: a file is missing, damaged, empty or not text; the message names it.
+    """
+    reading, tally = reading or Reading(), tally or Tally()
+    files = _expand(paths)
+    if not files:
+        raise InputError("no text file given")
+    for path, name in zip(files, names(files), strict=True):
+        kind = kind_of(path, reading)
+        if kind in RECORDS:
+            for number, record in records(path, reading, tally, [reading.column]):
+                yield f"{name}:{number}", iter((record[reading.column],))
+            continue
+        pieces = _decoded(path, reading.encoding, tally.counts)
+        yield name, without_tags(pieces, tally.counts) if kind == "html" else pieces
+
+
+def fingerprint(paths: Sequence[str | Path]) -> str:
+    """sha256 of names and bytes of the files, unpacked.
+
+    Raises:
+        InputError: as `read`. UsageError: standard input can be read only once.
+    """
+    files = _expand(paths)
+    if any(str(path) == STDIN for path in files):
+        raise UsageError("standard input can be read once only: save it with fastlm data clean")
+    hasher = hashlib.sha256()
+    for path, name in zip(files, names(files), strict=True):
+        inner, size = hashlib.sha256(), 0
+        for block in _blocks(path):
+            inner.update(block)
+            size += len(block)
+        hasher.update(f"{name}\0{size}\0".encode() + inner.digest())
+    return hasher.hexdigest()
+
+
+def text_of(pieces: Pieces) -> str:
+    out = io.StringIO()
+    for piece in pieces:
+        out.write(piece)
+    return out.getvalue()

@@ -1,0 +1,191 @@
+"""Preferences and where they come from; labelling by a person, key by key."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlm.lm import cli, labelling, preferences
+from fastlm.lm.errors import InputError, UsageError
+from fastlm.lm.preferences import Preference
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    return path
+
+
+def record(**changes: object) -> dict[str, object]:
+    own = {"prompt": "p", "chosen": "c", "rejected": "r", "provenance": "human:ann"}
+    return {**own, **changes}
+
+
+def test_own_form_round_trips(tmp_path: Path) -> None:
+    found = [
+        Preference("p", "c\u00e9", "r", "human-over-model"),
+        Preference("", "a", "b", "human:x"),
+    ]
+    preferences.save(tmp_path / "a.jsonl", found)
+    assert preferences.load([tmp_path / "a.jsonl"]) == found
+    assert preferences.origins(found) == {"human-over-model": 1, "human": 1}
+
+
+@pytest.mark.parametrize(
+    "provenance", [None, "", "someone", "human", "human:", "human-over-model:x", 5]
+)
+def test_a_record_without_provenance_is_refused(tmp_path: Path, provenance: object) -> None:
+    path = write(tmp_path / "a.jsonl", record(), record(provenance=provenance))
+    with pytest.raises(InputError, match="line 2: .*provenance"):
+        preferences.load([path])
+
+
+def test_provenance_given_for_a_file_does_not_overrule_its_own(tmp_path: Path) -> None:
+    bare = record()
+    del bare["provenance"]
+    path = write(tmp_path / "a.jsonl", record(), bare)
+    found = preferences.load([path], "fastlm", "dataset:x")
+    assert [p.provenance for p in found] == ["human:ann", "dataset:x"]
+    with pytest.raises(InputError, match="--provenance: provenance must be"):
+        preferences.load([path], "fastlm", "x")
+
+
+def test_dialogues(tmp_path: Path) -> None:
+    before = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: well?\n\nAssistant:"
+    path = write(tmp_path / "a.jsonl", {"chosen": before + " good", "rejected": before + " bad"})
+    with pytest.raises(InputError, match="no provenance"):
+        preferences.load([path])
+    (found,) = preferences.load([path], provenance="dataset:hh-rlhf")
+    assert found == Preference(before, " good", " bad", "dataset:hh-rlhf")
+    write(path, {"chosen": before + " a", "rejected": "\n\nHuman: x\n\nAssistant: b"})
+    with pytest.raises(InputError, match="differ before the last answer"):
+        preferences.load([path], provenance="dataset:hh-rlhf")
+
+
+def test_messages(tmp_path: Path) -> None:
+    def turns(answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "q", "chosen": turns("a"), "rejected": turns("b")}
+    )
+    (found,) = preferences.load([path], provenance="dataset:ultra")
+    assert found == Preference("user: q\n", "a", "b", "dataset:ultra")
+    write(path, {"prompt": "q", "chosen": turns("a")[1:], "rejected": turns("b")[1:]})
+    (found,) = preferences.load([path], provenance="dataset:ultra")
+    assert found.prompt == "q"
+    write(path, {"chosen": turns("a"), "rejected": [{"content": "b"}]})
+    with pytest.raises(InputError, match="no role and content"):
+        preferences.load([path], provenance="dataset:ultra")
+
+
+def test_ties_and_equal_texts_are_left_out(tmp_path: Path) -> None:
+    answer = {"prompt": "p", "a": "x", "b": "y", "provenance": "human:ann"}
+    path = write(
+        tmp_path / "a.jsonl",
+        *({**answer, "choice": c} for c in ("a", "b", "tie", "skip")),
+        record(chosen="r"),
+    )
+    assert [(p.chosen, p.rejected) for p in preferences.load([path])] == [("x", "y"), ("y", "x")]
+    write(path, {**answer, "choice": "tie"})
+    with pytest.raises(InputError, match="no preference in it"):
+        preferences.load([path])
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"provenance": "human:x", "prompt": "p"}'])
+def test_damaged_records_are_named(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record()) + "\n" + broken)
+    with pytest.raises(InputError, match="a.jsonl: line 2"):
+        preferences.load([path])
+    with pytest.raises(UsageError, match="format must be one of"):
+        preferences.load([path], "xml")
+
+
+QUESTIONS = [labelling.Question("p", f"first {i}", f"second {i}") for i in range(6)]
+
+
+def answer(path: Path, keys: str, **options: object) -> tuple[int, labelling.Answers, str]:
+    answers, out, pressed = labelling.Answers(path), io.StringIO(), iter(keys)
+    count = labelling.label(
+        QUESTIONS, answers, annotator="ann", key=lambda: next(pressed), out=out, **options
+    )
+    return count, answers, out.getvalue()
+
+
+def test_answers_name_the_text_and_not_the_place(tmp_path: Path) -> None:
+    count, answers, shown = answer(tmp_path / "a.jsonl", "aaaaaa")
+    assert count == 6 and {r["shown_first"] for r in answers.records} == {"a", "b"}
+    for r in answers.records:
+        assert r["choice"] == r["shown_first"] and r["provenance"] == "human:ann"
+    assert "6 answers" in shown and "1 of 6" in shown
+    found = preferences.load([tmp_path / "a.jsonl"])
+    assert len(found) == 6 and {p.provenance for p in found} == {"human:ann"}
+
+
+def test_quitting_resumes_and_other_keys_ask_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    count, _, shown = answer(path, "atx?sq")
+    assert count == 3 and "3 questions left" in shown and shown.count(labelling.HELP) == 4 + 2
+    count, answers, _ = answer(path, "bbb")
+    assert count == 3
+    assert [r["prompt"] + r["a"] for r in answers.records] == [f"pfirst {i}" for i in range(6)]
+    assert [r["choice"] for r in answers.records][1:3] == ["tie", "skip"]
+    assert answer(path, "")[0] == 0
+
+
+def test_undo_takes_back_on_disk_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    count, answers, shown = answer(path, "uatuuttq")
+    assert "nothing to undo" in shown and count == 2
+    assert [r["choice"] for r in answers.records] == ["tie", "tie"]
+    assert labelling.Answers(path).records == answers.records
+
+
+def test_a_killed_session_loses_at_most_its_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    answer(path, "ttq")
+    whole = path.read_text()
+    path.write_text(whole + '{"key": "half')
+    assert len(labelling.Answers(path).records) == 2 and path.read_text() == whole
+    path.write_text("{\n" + whole)
+    with pytest.raises(InputError, match="line 1 is damaged"):
+        labelling.Answers(path)
+
+
+def test_the_command_in_a_terminal(tmp_path: Path) -> None:
+    """Single keys, no Enter, on a pseudo-terminal."""
+    questions = write(tmp_path / "q.jsonl", *(vars(q) for q in QUESTIONS))
+    command = [sys.executable, "-m", "fastlm.lm", "prefs", "label", str(questions)]
+    command += ["--out", str(tmp_path / "a.jsonl"), "--annotator", "ann"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, stdin=child, stdout=subprocess.PIPE, text=True)
+    os.close(child)
+    assert process.stdout is not None
+    for key, place in ((b"a", "1 of 6"), (b"t", "2 of 6"), (b"q", "3 of 6")):
+        while place not in (line := process.stdout.readline()):
+            assert line, "the command ended early"
+        os.write(parent, key)
+    output, _ = process.communicate(timeout=60)
+    os.close(parent)
+    assert process.returncode == 0 and "2 answers" in output
+    assert len(labelling.Answers(tmp_path / "a.jsonl").records) == 2
+
+
+def test_check_counts_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "a.jsonl", record(), record(provenance="synthetic:rule"))
+    out = tmp_path / "out.jsonl"
+    assert cli.main(["prefs", "check", str(path), "--out", str(out)]) == 0
+    assert "2 preferences: 1 human, 1 synthetic" in capsys.readouterr().out
+    assert len(preferences.load([out])) == 2
+    assert cli.main(["prefs", "check", str(tmp_path / "none.jsonl")]) == 3
+    (tmp_path / "q.jsonl").write_text('{"prompt": "p", "a": "x"}')
+    label = ["prefs", "label", str(tmp_path / "q.jsonl"), "--out", str(out)]
+    assert cli.main(label) == 3
+    assert "needs prompt, a and b" in capsys.readouterr().err
