@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fastlm
+import fastlm.compat
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -137,6 +138,16 @@ def test_the_gru_has_a_page_with_its_tests() -> None:
     names = {n for n in fastlm.__all__ if n.endswith("gru") or n.startswith("generat")}
     names |= {"token_plan", *(f"nn.{n}" for n in fastlm.nn.__all__ if "GRU" in n)}
     assert len(names) >= 9
+    assert {n for n in names if f"`{n}`" not in page} == set()
+    assert unproven(page) == set()
+
+
+def test_attention_has_a_page_with_its_tests() -> None:
+    page = (ROOT / "docs" / "attention.md").read_text("utf-8")
+    assert len(set(re.findall(r"tests/\w+\.py::\w+", page))) > 60
+    names = {n for n in fastlm.__all__ if "attention" in n} | {"AttnMask"}
+    names |= {f"nn.{n}" for n in fastlm.nn.__all__ if "Attention" in n}
+    assert len(names) >= 5
     assert {n for n in names if f"`{n}`" not in page} == set()
     assert unproven(page) == set()
 

@@ -30,7 +30,7 @@ from . import summarize as extracts
 from .evaluation import Score, by_document
 from .kinds import LanguageModel
 from .progress import Reporter
-from .recipe import Recipe
+from .recipe import DEFAULTS, Recipe
 from .tokenizer import Tokenizer
 from .trainer import Trainer
 
@@ -138,7 +138,7 @@ def cross_validate(
     for name in names[:folds]:
         for kind in kinds:
             settings = {**recipe.to_json(), "holdout": name, "model": kind}
-            for option in ("layers", "batch", "seq", "lr"):
+            for option in DEFAULTS["transformer"]:
                 settings.pop(option)  # each kind has its own
             chosen = Recipe.of({}, settings)
             prepared = preparation.prepare(chosen.data_config())
