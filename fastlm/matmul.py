@@ -61,7 +61,7 @@ def own_into(
     """As `plain_into`, compiled: out and bias float32, a and b float32 or bfloat16, any strides.
 
     CPU tensors; the columns of out contiguous; K at least 1; bias not with accumulate."""
-    extension.raw("matmul")(a, b, bias, accumulate, out)
+    extension.raw("matmul")(a, b, None if bias is None else bias.contiguous(), accumulate, out)
     return out
 
 

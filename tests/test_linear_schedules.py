@@ -188,7 +188,7 @@ def test_operations_in_units_of_rows_features_classes(
     backend, function, options, want, frozen, monkeypatch
 ):
     """A frozen head has no product for its gradient."""
-    monkeypatch.setattr(matmul, "own_is_faster", lambda: False)  # PyTorch's are counted
+    monkeypatch.setattr(matmul, "own_runs", lambda: False)  # PyTorch's are counted
     rows, features, classes = 2 * 20, 32, 48  # one chunk
     x = torch.randn(2, 20, features, requires_grad=True)
     w = torch.randn(classes, features, requires_grad=not frozen)

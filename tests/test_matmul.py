@@ -48,6 +48,9 @@ def test_broadcast_operands():
     out = torch.empty(20, 40)
     matmul.own_into(out, a, b)
     torch.testing.assert_close(out, a.contiguous() @ b.contiguous())
+    for bias in (torch.randn(80)[::2], torch.randn(1).expand(40), torch.randn(41)[1:]):
+        matmul.own_into(out, a, b, bias)
+        torch.testing.assert_close(out, a.contiguous() @ b.contiguous() + bias)
 
 
 def test_an_element_depends_on_its_row_and_column_alone():
