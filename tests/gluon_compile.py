@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton_compile import CUOBJDUMP, Recorder
+from triton_compile import TOOLS, Recorder
 
 from fastlm.ops.attention import gluon_backward, gluon_kernels
 
@@ -52,8 +52,8 @@ def instructions(cubin: bytes) -> tuple[str, list[str]]:
                 [str(tool), *flags, file.name], check=True, capture_output=True, text=True
             ).stdout
             for tool, *flags in (
-                (CUOBJDUMP, "-res-usage"),
-                (CUOBJDUMP.with_name("nvdisasm"), "-c"),
+                (TOOLS / "cuobjdump", "-res-usage"),
+                (TOOLS / "nvdisasm", "-c"),
             )
         )
     lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(.+?)\s*;", sass, re.MULTILINE)

@@ -153,6 +153,7 @@ OPS = {
         lambda x, weight, target: fastlm.linear_token_logprobs(x, weight, target),
         lambda x, weight, target: logprobs(functional.linear(x, weight), target),
     ),
+    "linear": Op(lambda: [randn(5, 7), randn(33, 7), randn(33)], fastlm.linear, functional.linear),
     "linear_kl_div": Op(
         lambda: [randn(5, 7), randn(33, 7), randn(5, 6), randn(33, 6)],
         lambda x, weight, *teacher: fastlm.linear_kl_div(x, weight, *(t.detach() for t in teacher)),

@@ -140,6 +140,11 @@ struct Gradients {
     h.delta[r] +=
         dot(row_of<T>(f.dout, s.batch, place, head), row_of<T>(f.out, s.batch, place, head));
   }
+  // 0 where the row attends to nothing
+  float natural_lse(int64_t r) const {
+    const float lse = f.lse[(s.batch * a.heads + head) * a.rows + s.first_row + first + r];
+    return lse == -kInfinity ? 0.f : lse;
+  }
   float dot(const T* x, const T* y) const {
     Vec sum{};
     int64_t c = 0;
@@ -243,13 +248,32 @@ struct Gradients {
     return true;
   }
 
+  // A row whose keys all stand in this tile: delta as the definition has it. Where a p is nearly 1,
+  // dp - delta cancels, and out . dout would differ by the rounding of both. exponent(score,
+  // column) is that of p.
+  template <class Exponent>
+  void settle(int64_t r, const float* p, const float* ds, Columns c, const Exponent& exponent) {
+    const Row& row = h.row[r];
+    if (settle_single(r, ds) || Unit::kDepth == 2) return;
+    if (row.low < tile || row.high > tile + kKeys) return;
+    const int low = int(row.low - tile), high = int(row.high - tile);
+    Vec sum{};
+    for (unsigned column = c.begin; column < c.end; column += kLanes) {
+      const int64_t at = column / kPanel * kFloatPanel + column % kPanel;
+      const Vec x = exp2<Unit>(exponent(load(p + at), column));
+      sum += select(inside(column, low, high), x * load(ds + at), Vec{});
+    }
+    h.delta[r] = reduce_add(sum) - h.dlse[r];
+  }
+
   template <bool kMasked>
   void plain_row(int64_t r, int64_t in_tile, Columns c) {
     float *p = t.p + in_tile * kPanel, *ds = t.ds + in_tile * kPanel;
     const int low = int(most(0, h.row[r].low - tile)),
               high = int(least(kKeys, h.row[r].high - tile));
-    if (kMasked) settle_single(r, ds);
-    const float factor = a.scale * kLog2E, base = h.base[r], delta = h.delta[r];
+    const float factor = a.scale * kLog2E, base = h.base[r];
+    settle(r, p, ds, c, [&](Vec x, unsigned) { return x * factor - base; });
+    const float delta = h.delta[r];
     for (unsigned column = c.begin; column < c.end; column += kPanel) {
       const int64_t at = column / kPanel * kFloatPanel;
       Vec x[2], y[2];
@@ -284,14 +308,18 @@ struct Gradients {
         float* at = ds + column / kPanel * kFloatPanel + column % kPanel;
         store(at, load(at) * load(extras.keep + column));
       }
-    settle_single(r, ds);
-    const float base = h.base[r], delta = h.delta[r];
+    const float lse = natural_lse(r);
+    settle(r, p, ds, c, [&](Vec x, unsigned column) {
+      Vec slack;
+      return extras.score(x, column, &slack, lse);
+    });
+    const float delta = h.delta[r];
     Vec distances{};
     for (unsigned column = c.begin; column < c.end; column += kLanes) {
       const int64_t at = column / kPanel * kFloatPanel + column % kPanel;
       const VecInt in = inside(column, low, high);
       Vec slack = broadcast(1.f);
-      const Vec x = exp2<Unit>(extras.score(load(p + at), column, &slack) - base);
+      const Vec x = exp2<Unit>(extras.score(load(p + at), column, &slack, lse));
       const Vec y = select(in, x * (load(ds + at) - delta), Vec{});
       if (a.slopes) distances += y * extras.distance(column);
       store(p + at, select(in, dropped ? x * load(extras.keep + column) : x, Vec{}));

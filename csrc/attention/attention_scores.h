@@ -223,17 +223,20 @@ struct Extras {
     return x < 0.f ? -x : x;
   }
 
-  // the score in base 2 of the product x; *slack: what the softcap takes from its gradient
-  Vec score(Vec x, unsigned column, Vec* slack) const {
+  // the score of the product x less `shift`, in base 2: the difference first, which is of numbers
+  // that are near each other. *slack: what the softcap takes from its gradient
+  Vec score(Vec x, unsigned column, Vec* slack, float shift = 0.f) const {
     x = x * scale;
     if (a.softcap > 0) {
-      const Vec t = tanh(x * inverse_cap);
-      *slack = 1.f - t * t;
-      x = a.softcap * t;
+      const Vec u = x * inverse_cap;
+      // 1 - tanh(u)^2 without the difference
+      const Vec e = exp_in_range(at_least(-87.f, u < 0.f ? 2.f * u : -2.f * u));
+      *slack = 4.f * e / ((1.f + e) * (1.f + e));
+      x = a.softcap * tanh(u);
     }
     if (a.slopes) x = x - slope * distance(column);
     if (a.bias) x = x + bias(column);
-    return x * kLog2E;
+    return (x - shift) * kLog2E;
   }
 };
 

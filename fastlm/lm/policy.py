@@ -146,12 +146,12 @@ def judged(reward: Reward, prompts: Sequence[str], texts: Sequence[str]) -> Tens
     """
     try:
         given = reward(prompts, texts)
+        values = torch.as_tensor(given, dtype=torch.float32).detach().reshape(-1).cpu()
     except Exception as error:  # of somebody else's function
         raise InputError(
             f"the reward function raised {type(error).__name__}: {error}; "
             f"the first text was {_short(texts[0])}"
         ) from error
-    values = torch.as_tensor(given, dtype=torch.float32).detach().reshape(-1).cpu()
     if len(values) != len(texts):
         raise InputError(f"the reward function gave {len(values)} rewards for {len(texts)} texts")
     bad = ~values.isfinite()
