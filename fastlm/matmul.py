@@ -7,6 +7,10 @@ PyTorch multiplies float32 by MKL, which on a processor that is not Intel's uses
 bits. AMD's from Zen 5 on work on 512 at full rate, so the compiled product is about twice as fast
 there (benchmarks/LOG.md, 2026-11-26). It also takes bfloat16 operands as they are, and every
 element of its result depends on its row and its column alone: not on threads, nor on other rows.
+
+Where the processor multiplies pairs of bfloat16 (AVX512_BF16), operands that both are bfloat16, or
+are to be rounded to it, are multiplied at twice the rate of float32, and sums are float32 all the
+same. Those instructions take numbers below 2**-126 for 0, as PyTorch's own products there do.
 """
 
 from __future__ import annotations
@@ -28,6 +32,12 @@ def own_is_faster() -> bool:
     return extension.raw("mkl_is_slow")()
 
 
+@functools.lru_cache
+def multiplies_pairs() -> bool:
+    """Whether operands in bfloat16, or rounded to it, are multiplied faster than in float32."""
+    return own_is_faster() and extension.cpu_isa() == "avx512_bf16"
+
+
 # smaller results leave most of a tile empty; a shorter sum is not worth packing for
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 8, 24, 16
 
@@ -44,12 +54,19 @@ def plain_into(
 
 
 def own_into(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulate: bool = False,
+    round: bool = False,
 ) -> Tensor:
     """As `plain_into`, compiled: out and bias float32, a and b float32 or bfloat16, any strides.
 
-    CPU tensors; the columns of out contiguous; K at least 1; bias not with accumulate."""
-    extension.raw("matmul")(a, b, bias, accumulate, out)
+    CPU tensors; the columns of out contiguous; K at least 1; bias not with accumulate. With `round`
+    float32 operands count as the nearest bfloat16."""
+    extension.raw("matmul")(a, b, bias, accumulate, out, round)
     return out
 
 
@@ -74,6 +91,16 @@ def into(
             return own_into(out, a, b, bias, accumulate=accumulate)
     a, b = a.to(out.dtype), b.to(out.dtype)  # mixed where the product is empty
     return plain_into(out, a, b, bias, accumulate=accumulate)
+
+
+def into_rounded(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
+    """As `into`; where that is faster, a float32 operand beside one in bfloat16 is rounded."""
+    if a.dtype != b.dtype and multiplies_pairs() and takes_mixed(a if b.dtype == out.dtype else b):
+        if out.dtype == torch.float32 and out.stride(1) == 1 and a.shape[1] > 0:
+            return own_into(out, a, b, bias, accumulate=accumulate, round=True)
+    return into(out, a, b, bias, accumulate=accumulate)
 
 
 def plain(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

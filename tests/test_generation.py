@@ -556,7 +556,7 @@ with fastlm.use_backend(sys.argv[1]):
     made.logprobs.sum().backward()
 print(made.tokens.tolist(), [round(float(made.logprobs.sum()), 2)])
 """
-    every = ["base", "avx2", "avx512"]
+    every = ["base", "avx2", "avx512", "avx512_bf16"]
     runnable = every[: every.index(extension.cpu_isa()) + 1]
 
     def run(backend: str, **env: str) -> str:

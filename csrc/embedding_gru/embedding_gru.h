@@ -73,7 +73,7 @@ int64_t gru_backward_workspace(const GruShape& shape);
 // how many threads are worth their barriers
 int gru_threads(const GruShape& shape, int available);
 
-FASTLM_PER_ISA(void, gru_forward, (const GruForward& args, Team& team, int rank))
-FASTLM_PER_ISA(void, gru_backward, (const GruBackward& args, Team& team, int rank))
+FASTLM_PER_ISA_BF16(void, gru_forward, (const GruForward& args, Team& team, int rank))
+FASTLM_PER_ISA_BF16(void, gru_backward, (const GruBackward& args, Team& team, int rank))
 
 }  // namespace fastlm

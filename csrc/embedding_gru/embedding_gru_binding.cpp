@@ -77,7 +77,7 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.round = round;
   Workspace workspace = allocate(gru_forward_workspace(args.shape));
   args.workspace = workspace.get();
-  auto kernel = FASTLM_PICK(gru_forward);
+  auto kernel = FASTLM_PICK_BF16(gru_forward);
   parallel_team(gru_threads(args.shape, int(torch::stable::get_num_threads())),
                 [&](Team& team, int rank) { kernel(args, team, rank); });
 }
@@ -106,7 +106,7 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
   args.round = round;
   Workspace workspace = allocate(gru_backward_workspace(args.shape));
   args.workspace = workspace.get();
-  auto kernel = FASTLM_PICK(gru_backward);
+  auto kernel = FASTLM_PICK_BF16(gru_backward);
   parallel_team(gru_threads(args.shape, int(torch::stable::get_num_threads())),
                 [&](Team& team, int rank) { kernel(args, team, rank); });
 }

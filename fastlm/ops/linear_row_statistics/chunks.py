@@ -58,7 +58,7 @@ class Matmul(NamedTuple):
 
 
 LIBRARY = Matmul(matmul.library_into, matmul.library_takes_mixed, True)
-FASTEST = Matmul(matmul.into, matmul.takes_mixed, False)
+FASTEST = Matmul(matmul.into_rounded, matmul.takes_mixed, False)
 
 
 class RowKernels(NamedTuple):
