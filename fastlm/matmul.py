@@ -108,9 +108,19 @@ def plain(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-def fastest(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `plain`, by the faster of the two."""
-    return into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
+def _result(a: Tensor, b: Tensor) -> Tensor:
+    """For sums in float32, or float64 of float64."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+def fastest(a: Tensor, b: Tensor, bias: Tensor | None = None, *, round: bool = False) -> Tensor:
+    """As `plain`, by the faster of the two; with `round`, for which `multiplies_pairs` must hold,
+    of float32 operands rounded to bfloat16."""
+    out = _result(a, b)
+    if round and a.shape[1] > 0:
+        return own_into(out, a, b, bias, round=True)
+    return into(out, a, b, bias)
 
 
 def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,12 +133,13 @@ def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return plain(a, b, bias)[:count]
 
 
-def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `plain_each_row`, by one of the two for all numbers of rows."""
-    own = own_is_faster() and a.dtype == torch.float32 and a.device.type == "cpu"
+def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None, *, round: bool = False) -> Tensor:
+    """As `plain_each_row`, by one of the two for all numbers of rows; `round` as `fastest`."""
+    out = _result(a, b)
+    own = own_is_faster() and out.dtype == torch.float32 and a.device.type == "cpu"
     if own and a.shape[1] > 0:
-        return own_into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
-    return plain_each_row(a, b, bias)
+        return own_into(out, a, b, bias, round=round)
+    return plain_each_row(a.to(out.dtype), b.to(out.dtype), bias)
 
 
 def _wide_mm(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -46,10 +46,12 @@ FASTLM_INLINE Vec words(Vec low, Vec high) {
 FASTLM_INLINE Vec low_of(Vec words) { return (Vec)((VecBits)words << 16); }
 FASTLM_INLINE Vec high_of(Vec words) { return (Vec)((VecBits)words & 0xffff0000u); }
 typedef uint32_t Word __attribute__((may_alias));
-typedef uint32_t WordUnaligned __attribute__((aligned(2), may_alias));
 FASTLM_INLINE void store_word(float* p, uint16_t low, uint16_t high) {
   *reinterpret_cast<Word*>(p) = low | uint32_t(high) << 16;
 }
+// 2 kLanes values in a row, as words
+typedef float VecOfHalves __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+FASTLM_INLINE Vec load_words(const BFloat16* p) { return *reinterpret_cast<const VecOfHalves*>(p); }
 FASTLM_INLINE Vec broadcast_word(const float* p) {
   return (Vec)(VecBits{} + *reinterpret_cast<const Word*>(p));
 }
@@ -59,8 +61,6 @@ FASTLM_INLINE Vec broadcast_word(const float* p) {
 FASTLM_INLINE Vec dot(Vec sum, Vec a, Vec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
-// 2 kLanes values in a row, as words
-FASTLM_INLINE Vec load_words(const BFloat16* p) { return load(reinterpret_cast<const float*>(p)); }
 FASTLM_INLINE Vec load_words(const Rounded* p) {
   return (Vec)_mm512_cvtne2ps_pbh((__m512)load(&p[kLanes].value), (__m512)load(&p->value));
 }

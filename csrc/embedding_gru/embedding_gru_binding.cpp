@@ -68,7 +68,8 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.table = floats(table);
   args.index = static_cast<const int64_t*>(in(index));
   args.reset = static_cast<const uint8_t*>(in(reset));
-  args.w_hh = floats(w_hh);
+  args.w_hh = in(w_hh);
+  args.bfloat16 = is_bfloat16(w_hh);
   args.b_hh = floats(b_hh);
   args.h0 = floats(h0);
   args.out = floats_out(output);
@@ -93,7 +94,8 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
   args.shape = shape_of(batch, output.size(0), hidden, batch_first, reverse, plan);
   args.index = static_cast<const int64_t*>(in(index));
   args.reset = static_cast<const uint8_t*>(in(reset));
-  args.w_hh = floats(w_hh);
+  args.w_hh = in(w_hh);
+  args.bfloat16 = is_bfloat16(w_hh);
   args.h0 = floats(h0);
   args.out = floats(output);
   args.gates = floats(gates);

@@ -28,6 +28,10 @@ class Recurrence(NamedTuple):
     product: Callable[..., Tensor] = matmul.plain
     each_row: Callable[..., Tensor] = matmul.plain_each_row
     recompute_gates: Callable[..., Tensor] = reference.recompute_gates
+    # whether forward and backward take w_hh in bfloat16
+    takes_bfloat16: bool = False
+    # whether the two products take operands in bfloat16, and `round`
+    multiplies_pairs: Callable[[], bool] = lambda: False
 
 
 def _wide(x: Any) -> Any:
@@ -41,10 +45,35 @@ def _operand(x: Any, round: bool) -> Any:
     return reference.rounded(_wide(x)) if round else _wide(x)
 
 
+def _recurrent(recurrence: Recurrence, w_hh: Tensor, round: bool) -> Tensor:
+    if recurrence.takes_bfloat16 and (round or w_hh.dtype == torch.bfloat16):
+        return w_hh.to(torch.bfloat16).contiguous()
+    return _operand(w_hh, round)
+
+
+def _factor(recurrence: Recurrence, x: Tensor, round: bool) -> Tensor:
+    """An operand of one of the large products, which may round it themselves."""
+    if recurrence.multiplies_pairs() and (round or x.dtype == torch.bfloat16):
+        return x if x.dtype in (torch.float32, torch.bfloat16) else _wide(x)
+    return _operand(x, round)
+
+
+def _product(
+    recurrence: Recurrence, a: Tensor, b: Tensor, bias: Tensor | None, round: bool, *,
+    each_row: bool = False,
+) -> Tensor:  # fmt: skip
+    """a @ b + bias of operands from `_factor`, in the dtype of the computation."""
+    product = recurrence.each_row if each_row else recurrence.product
+    if round and recurrence.multiplies_pairs():
+        return product(a, b, bias, round=True)
+    return product(a, b, bias)
+
+
 def _project(
     recurrence: Recurrence, rows: Tensor, w_ih: Tensor, b_ih: Tensor | None, round: bool
 ) -> Tensor:
-    return recurrence.each_row(_operand(rows, round), _operand(w_ih, round).t(), _wide(b_ih))
+    rows, w_ih = (_factor(recurrence, x, round) for x in (rows, w_ih))
+    return _product(recurrence, rows, w_ih.t(), _wide(b_ih), round, each_row=True)
 
 
 def _plan(
@@ -104,7 +133,7 @@ def _run_forward(
     weights: tuple[Tensor, Tensor | None], h0: Tensor | None, call: _Call, dtype: torch.dtype,
     shape: torch.Size, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    w_hh, b_hh = _operand(weights[0], call.round), _wide(weights[1])
+    w_hh, b_hh = _recurrent(recurrence, weights[0], call.round), _wide(weights[1])
     hidden = w_hh.shape[1]
     if shape.numel() == 0 or call.batch == 0:
         start = table.new_zeros(call.batch, hidden) if h0 is None else _wide(h0).clone()
@@ -136,14 +165,14 @@ def _run_backward(
     table: Callable[[], Tensor], rows: int, saved: _Saved, call: _Call, need_w_hh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dtable, dw_hh, dbias [2, 3H], dh0 in the dtype of the computation."""
-    w_hh, h0 = _operand(saved.w_hh, call.round), _reordered(_wide(saved.h0), call)
+    w_hh, h0 = _recurrent(recurrence, saved.w_hh, call.round), _reordered(_wide(saved.h0), call)
     width, hidden = w_hh.shape
     output, doutput = (_wide(x).reshape(-1, hidden) for x in (saved.output, doutput))
     reset = _flat(saved.reset)
     if output.shape[0] == 0 or call.batch == 0:
         return (
             output.new_zeros(rows, width),
-            torch.zeros_like(w_hh),
+            output.new_zeros(width, hidden),
             output.new_zeros(2, width),
             _wide(dh_n),
         )
@@ -156,12 +185,12 @@ def _run_backward(
         doutput, _reordered(_wide(dh_n), call), index, rows, reset, w_hh, h0, output, gates,
         *call[:3], **call.recurrence(),
     )  # fmt: skip
-    dw_hh = w_hh.new_empty(0)
+    dw_hh = output.new_empty(0)
     if need_w_hh:
         if previous is None:
             previous = call.previous(output, reset, h0)
-        operands = _operand(dhidden, call.round), _operand(previous, call.round)
-        dw_hh = recurrence.product(operands[0].t(), operands[1])
+        operands = [_factor(recurrence, x, call.round) for x in (dhidden, previous)]
+        dw_hh = _product(recurrence, operands[0].t(), operands[1], None, call.round)
     return dtable, dw_hh, dbias, _restored(dh0, call)
 
 
@@ -191,7 +220,7 @@ def embedding_backward(
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
     call = _layout(tokens.shape, batch_first, reverse, precision)
-    used = _operand(weight if rows is None else weight[rows], call.round)
+    used = _factor(recurrence, weight if rows is None else weight[rows], call.round)
     dtable, dw_hh, dbias, dh0 = _run_backward(
         recurrence, doutput, dh_n, index,
         lambda: _project(recurrence, used, w_ih, b_ih, call.round), used.shape[0],
@@ -220,12 +249,13 @@ def _input_gradients(
     need_w_ih: bool, need_rows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the input weights and of the projected rows, empty where not needed."""
-    dtable = _operand(dtable, round)
+    dtable = _factor(recurrence, dtable, round)
     dw_ih = drows = dtable.new_empty(0)
     if need_w_ih:
-        dw_ih = recurrence.product(dtable.t(), rows)
+        dw_ih = _product(recurrence, dtable.t(), rows, None, round)
     if need_rows:
-        drows = recurrence.each_row(dtable, _operand(w_ih, round))
+        w_ih = _factor(recurrence, w_ih, round)
+        drows = _product(recurrence, dtable, w_ih, None, round, each_row=True)
     return dw_ih, drows
 
 
@@ -261,7 +291,7 @@ def _dense_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_input, need_w_ih, need_w_hh = needs
-    rows = _operand(input, call.round).flatten(0, -2)
+    rows = _factor(recurrence, input, call.round).flatten(0, -2)
     dtable, dw_hh, dbias, dh0 = _run_backward(
         recurrence, doutput, dh_n, index,
         lambda: _project(recurrence, rows, w_ih, b_ih, call.round), rows.shape[0], saved,

@@ -225,6 +225,8 @@ _cpu = layer.Recurrence(
     matmul.fastest,
     matmul.each_row,
     cpu_kernels.recompute_gates,
+    True,
+    matmul.multiplies_pairs,
 )
 _reference = layer.Recurrence(
     _of_lengths(reference.forward, ragged.forward),
