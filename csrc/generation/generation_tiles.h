@@ -2,6 +2,7 @@
 #pragma once
 
 #include "embedding_gru/embedding_gru_step.h"
+#include "embedding_gru/embedding_gru_words.h"
 #include "generation/generation.h"
 
 namespace fastlm {
@@ -26,8 +27,9 @@ struct Shared {
 };
 
 struct Matrix {
+  bool bfloat16;
   const float* panels;  // packed, or null
-  const float* w;       // [rows, depth]
+  const void* w;        // [rows, depth]
   const float* bias;    // [rows] or null
   int64_t rows, depth;
   bool gates;
@@ -35,59 +37,74 @@ struct Matrix {
 
 // one panel that a thread has packed for itself
 struct PanelCache {
-  const float* w;
+  const void* w;
   int64_t panel;
   float* buffer;
 };
 
+FASTLM_INLINE void pack_any(const void* w, bool bfloat16, const float* bias, int64_t depth,
+                            const PanelColumns& columns, float* panel) {
+  bfloat16 ? pack_panel_words(static_cast<const BFloat16*>(w), bias, depth, columns, panel)
+           : pack_panel(static_cast<const float*>(w), bias, depth, columns, panel);
+}
+FASTLM_INLINE int64_t words_or_floats(int64_t depth, bool bfloat16) {
+  return bfloat16 ? words_of(depth) : depth;
+}
+
 FASTLM_INLINE const float* panel_of(const Matrix& m, int64_t panel, PanelCache* cache) {
-  if (m.panels) return m.panels + panel * panel_size(m.depth);
+  if (m.panels) return m.panels + panel * panel_size(words_or_floats(m.depth, m.bfloat16));
   if (cache->w != m.w || cache->panel != panel) {
     cache->w = m.w;
     cache->panel = panel;
-    pack_panel(m.w, m.bias, m.depth,
-               m.gates ? gate_columns(m.rows / kGates, panel) : class_columns(m.rows, panel),
-               cache->buffer);
+    pack_any(m.w, m.bfloat16, m.bias, m.depth,
+             m.gates ? gate_columns(m.rows / kGates, panel) : class_columns(m.rows, panel),
+             cache->buffer);
   }
   return cache->buffer;
 }
 
+// sum[i] = bias + a[i] times a panel of m
+template <int Rows>
+FASTLM_INLINE void multiply_matrix(const Matrix& m, const float* panel, const float* a,
+                                   int64_t stride, Vec (&sum)[Rows][kGates]) {
+  m.bfloat16 ? multiply_panel_of<Operands::widened, Rows>(a, stride, panel, m.depth, sum)
+             : multiply_panel<Rows>(a, stride, panel, m.depth, sum);
+}
+
 FASTLM_INLINE Matrix raw_matrix(const DecoderWeights& w, int64_t at, int64_t bias_at, int64_t rows,
                                 int64_t depth, bool gates) {
-  if (w.packed) return {w.packed, nullptr, nullptr, rows, depth, gates};
-  return {nullptr,
-          reinterpret_cast<const float*>(w.raw[at]),
+  if (w.packed) return {w.bfloat16, w.packed, nullptr, nullptr, rows, depth, gates};
+  return {w.bfloat16,
+          nullptr,
+          reinterpret_cast<const void*>(w.raw[at]),
           reinterpret_cast<const float*>(w.raw[bias_at]),
           rows,
           depth,
           gates};
 }
 // padded for the widest vectors, as the packed matrices stand
-FASTLM_INLINE int64_t gates_size(int64_t hidden, int64_t depth) {
-  return 3 * round_up_to(hidden, kMaxLanes) * (depth + 1);
+FASTLM_INLINE int64_t gates_size(const DecoderWeights& w, int64_t depth) {
+  return 3 * round_up_to(w.shape.hidden, kMaxLanes) * (words_or_floats(depth, w.bfloat16) + 1);
 }
 FASTLM_INLINE Matrix input_matrix(const DecoderWeights& w, int64_t layer) {
   const DecoderShape& s = w.shape;
   const int64_t depth = layer == 0 ? s.embedding_dim : s.hidden;
   Matrix m = raw_matrix(w, 4 * layer, 4 * layer + 2, kGates * s.hidden, depth, true);
   if (m.panels && layer > 0)
-    m.panels +=
-        gates_size(s.hidden, s.embedding_dim) + (2 * layer - 1) * gates_size(s.hidden, s.hidden);
+    m.panels += gates_size(w, s.embedding_dim) + (2 * layer - 1) * gates_size(w, s.hidden);
   return m;
 }
 FASTLM_INLINE Matrix hidden_matrix(const DecoderWeights& w, int64_t layer) {
   const DecoderShape& s = w.shape;
   Matrix m = raw_matrix(w, 4 * layer + 1, 4 * layer + 3, kGates * s.hidden, s.hidden, true);
-  if (m.panels)
-    m.panels += gates_size(s.hidden, s.embedding_dim) + 2 * layer * gates_size(s.hidden, s.hidden);
+  if (m.panels) m.panels += gates_size(w, s.embedding_dim) + 2 * layer * gates_size(w, s.hidden);
   return m;
 }
 FASTLM_INLINE Matrix head_matrix(const DecoderWeights& w) {
   const DecoderShape& s = w.shape;
   Matrix m = raw_matrix(w, 4 * s.layers, 4 * s.layers + 1, s.classes, s.hidden, false);
   if (m.panels)
-    m.panels +=
-        gates_size(s.hidden, s.embedding_dim) + (2 * s.layers - 1) * gates_size(s.hidden, s.hidden);
+    m.panels += gates_size(w, s.embedding_dim) + (2 * s.layers - 1) * gates_size(w, s.hidden);
   return m;
 }
 
@@ -191,10 +208,11 @@ struct LayerTile {
     if (!looked_up) {
       const float* from =
           layer == 0 ? buffers.x + slot * buffers.input_stride : next - batch * stride;
-      multiply_panel<Rows>(from, layer == 0 ? buffers.input_stride : stride,
-                           panel_of(input, vector, &buffers.cache[0]), input.depth, x);
+      multiply_matrix<Rows>(input, panel_of(input, vector, &buffers.cache[0]), from,
+                            layer == 0 ? buffers.input_stride : stride, x);
     }
-    multiply_panel<Rows>(h, stride, panel_of(recurrent, vector, &buffers.cache[1]), hidden, sum);
+    multiply_matrix<Rows>(recurrent, panel_of(recurrent, vector, &buffers.cache[1]), h, stride,
+                          sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       if (looked_up) {
@@ -219,8 +237,8 @@ struct HeadTile {
   template <int Rows>
   void run(int64_t panel, int64_t row) const {
     Vec sum[Rows][kGates];
-    multiply_panel<Rows>(h + row * buffers.state_stride, buffers.state_stride,
-                         panel_of(head, panel, &buffers.cache[0]), head.depth, sum);
+    multiply_matrix<Rows>(head, panel_of(head, panel, &buffers.cache[0]),
+                          h + row * buffers.state_stride, buffers.state_stride, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* logits = buffers.logits + (row + i) * buffers.logits_stride;
@@ -239,8 +257,8 @@ struct TableTile {
   void run(int64_t vector, int64_t row) const {
     const int64_t hidden = weights.shape.hidden, depth = weights.shape.embedding_dim;
     Vec sum[Rows][kGates];
-    multiply_panel<Rows>(rows + row * depth, depth, weights.packed + vector * panel_size(depth),
-                         depth, sum);
+    const Matrix input = input_matrix(weights, 0);
+    multiply_matrix<Rows>(input, panel_of(input, vector, nullptr), rows + row * depth, depth, sum);
     for (int i = 0; i < Rows; ++i) {
       for (int g = 0; g < kGates; ++g) {
         store_columns(table + ((row + i) * kGates + g) * hidden, vector * kLanes, hidden,

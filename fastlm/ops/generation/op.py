@@ -133,6 +133,11 @@ def _addresses(cells: Any, head_weight: Tensor | None, head_bias: Tensor | None)
     return torch.tensor([0 if w is None else w.data_ptr() for w in every])
 
 
+def _narrow(cells: Any) -> bool:
+    """Whether the matrices are of bfloat16, which the kernel reads as they are."""
+    return cells[1].dtype == torch.bfloat16
+
+
 def _or_none(saved: Sequence[Tensor], save: bool) -> Sequence[Tensor | None]:
     return saved if save else (None,) * len(saved)
 
@@ -155,7 +160,7 @@ def _cpu(
         extension.raw("generation")(
             packed, _addresses(cells, head_weight, head_bias), embedding, table, classes, prompts,
             prompt_lengths, _order(prompt_lengths), h0, None, None, stops, rows, *how, *made,
-            *_or_none(saved, save),
+            *_or_none(saved, save), _narrow(cells),
         )  # fmt: skip
     return *made, *saved
 
@@ -174,6 +179,7 @@ def _cpu_logprobs(
             packed, _addresses(cells, head_weight, head_bias), embedding, table,
             head_weight.shape[0], prompts, prompt_lengths, _order(prompt_lengths), None, tokens,
             lengths, None, counted, *how, unused, logprobs, counted, h_n, *_or_none(saved, save),
+            _narrow(cells),
         )  # fmt: skip
     return logprobs, *saved
 
@@ -189,12 +195,15 @@ def _cpu_step(
         wanted = logits if classes else None
         addresses = _addresses(cells, head_weight, head_bias)
         extension.raw("generation_step")(
-            packed, addresses, embedding, table, *arguments, wanted, classes
+            packed, addresses, embedding, table, *arguments, wanted, classes, _narrow(cells)
         )
     return logits, h_n
 
 
 def _weights(embedding: Tensor, cells: Any, head_weight: Any, head_bias: Any) -> Weights:
+    """All in the dtype of the computation, that of the embedding."""
+    every = (*cells, head_weight, head_bias)
+    *cells, head_weight, head_bias = (w if w is None else w.to(embedding.dtype) for w in every)
     return Weights(
         embedding,
         [tuple(cells[i : i + 4]) for i in range(0, len(cells), 4)],
