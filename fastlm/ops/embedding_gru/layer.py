@@ -3,7 +3,8 @@
 The recurrence (`reference` or a kernel with the same arguments) does what is sequential; the large
 products here are those of `matmul`. Computation is in float32, or float64 for float64 inputs;
 `gates` is saved in that dtype, everything else in the dtype of the weights. With precision "bf16"
-the operands of every product are rounded to bfloat16; sums, gates and the state are not.
+the operands of every product are rounded to bfloat16; sums, gates and the state are not. "auto" is
+that for bfloat16 weights where the recurrence multiplies pairs of them faster, else "ieee".
 """
 
 from __future__ import annotations
@@ -110,9 +111,15 @@ class _Call(NamedTuple):
         return reference.previous_states(output, reset, h0, *self[:3])
 
 
-def _layout(first_two: torch.Size, batch_first: bool, reverse: bool, precision: str) -> _Call:
+def _rounds(recurrence: Recurrence, precision: str, w_hh: Tensor) -> bool:
+    if precision == "auto":
+        return w_hh.dtype == torch.bfloat16 and recurrence.multiplies_pairs()
+    return precision == "bf16"
+
+
+def _layout(first_two: torch.Size, batch_first: bool, reverse: bool, round: bool) -> _Call:
     batch = first_two[0] if batch_first else first_two[1]
-    return _Call(batch, batch_first, reverse, precision == "bf16")
+    return _Call(batch, batch_first, reverse, round)
 
 
 def _reordered(h: Tensor | None, call: _Call) -> Tensor | None:
@@ -202,7 +209,7 @@ def embedding_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    call = _layout(tokens.shape, batch_first, reverse, precision)
+    call = _layout(tokens.shape, batch_first, reverse, _rounds(recurrence, precision, w_hh))
     table = _project(recurrence, weight if rows is None else weight[rows], w_ih, b_ih, call.round)
     return _run_forward(
         recurrence, table, index, reset, (w_hh, b_hh), h0, call, weight.dtype, tokens.shape, save
@@ -219,7 +226,7 @@ def embedding_backward(
     """dweight, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    call = _layout(tokens.shape, batch_first, reverse, precision)
+    call = _layout(tokens.shape, batch_first, reverse, _rounds(recurrence, precision, w_hh))
     used = _factor(recurrence, weight if rows is None else weight[rows], call.round)
     dtable, dw_hh, dbias, dh0 = _run_backward(
         recurrence, doutput, dh_n, index,
@@ -264,7 +271,7 @@ def gru_forward(
     b_hh: Tensor | None, h0: Tensor | None, reset: Tensor | None, batch_first: bool,
     reverse: bool, save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _layout(input.shape[:2], batch_first, reverse, precision)
+    call = _layout(input.shape[:2], batch_first, reverse, _rounds(recurrence, precision, w_hh))
     table = _project(recurrence, input.flatten(0, 1), w_ih, b_ih, call.round)
     return _run_forward(
         recurrence, table, None, reset, (w_hh, b_hh), h0, call, input.dtype, input.shape[:2], save
@@ -278,7 +285,7 @@ def gru_backward(
     need_input: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dinput, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
-    call = _layout(input.shape[:2], batch_first, reverse, precision)
+    call = _layout(input.shape[:2], batch_first, reverse, _rounds(recurrence, precision, w_hh))
     return _dense_backward(
         recurrence, doutput, dh_n, input, None, w_ih, b_ih,
         _Saved(w_hh, b_hh, h0, reset, output, gates), call, (need_input, need_w_ih, need_w_hh),
@@ -311,7 +318,7 @@ def ragged_forward(
     save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = ragged.make_plan(first, lengths, offsets, stride)
-    call = _Call(first.shape[0], True, reverse, precision == "bf16", plan)
+    call = _Call(first.shape[0], True, reverse, _rounds(recurrence, precision, w_hh), plan)
     table = _project(recurrence, input, w_ih, b_ih, call.round)
     tokens = (input if index is None else index).shape[:1]
     return _run_forward(
@@ -327,7 +334,7 @@ def ragged_backward(
     need_input: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = ragged.make_plan(first, lengths, offsets, stride)
-    call = _Call(first.shape[0], True, reverse, precision == "bf16", plan)
+    call = _Call(first.shape[0], True, reverse, _rounds(recurrence, precision, w_hh), plan)
     return _dense_backward(
         recurrence, doutput, dh_n, input, index, w_ih, b_ih,
         _Saved(w_hh, b_hh, h0, reset, output, gates), call, (need_input, need_w_ih, need_w_hh),

@@ -163,7 +163,7 @@ def torch_is_faster(input: Tensor, cell: Cell, steps: int) -> str | None:
 def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: Options) -> bool:
     plain = layout.where is None and layout.begin is None and layout.lengths is None
     plain = plain and not options.zoneout
-    plain = plain and options.precision == "ieee" and options.save == "gates"
+    plain = plain and options.precision in ("ieee", "auto") and options.save == "gates"
     if not plain or input.shape[0] == 0 or input.shape[1] == 0:
         return False
     forced = dispatch.forced()
@@ -234,7 +234,8 @@ def _packed(
         hx = hx.index_select(1, order)
     layout = Layout(count, sequences.packed(batch_sizes, count), None, None)
     why = None
-    if dispatch.forced() is None and not options.zoneout and options.precision == "ieee":
+    plain = not options.zoneout and options.precision in ("ieee", "auto")
+    if dispatch.forced() is None and plain:
         why = torch_packs_faster(data, cells[0])
     if why is not None:
         dispatch.note("gru", "torch", {"cpu": why})

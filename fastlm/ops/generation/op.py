@@ -14,7 +14,8 @@ Saved, when a backward follows: states and gates of every layer [L, B, steps, H 
 largest logit and log sum of exponentials of every made token. The backward computes the logits
 again, chunk by chunk, as `linear_row_statistics` does, and needs no second forward through the GRU.
 
-Backends: cpu (C++) takes float32, and half-precision weights widened once; reference takes all.
+Backends: cpu (C++) takes float32, bfloat16 weights, and float16 ones widened once; reference takes
+all.
 Source: whole-loop decoding as in the persistent RNNs of Diamos et al. 2016.
 """
 

@@ -50,7 +50,8 @@ Span = slice | Tensor
 
 class Matmul(NamedTuple):
     """Matrix products: `matmul.plain_into` or one like it; whether it takes operands like the input
-    in half precision; and whether both must be, so that the gradient of the logits is rounded."""
+    in half precision; and whether both must be, so that the gradient of the logits is rounded here
+    (`matmul.into_rounded` does it as it packs)."""
 
     into: Callable[..., Tensor]
     takes_mixed: Callable[[Tensor], bool]
