@@ -61,6 +61,8 @@ def same_device(op: str, what: str, value: Tensor, as_what: str, other: Tensor) 
 
 def shape(op: str, what: str, value: Tensor, expected: Sequence[int | None], why: str = "") -> None:
     """Exact sizes; None stands for any."""
+    if value.shape == expected:
+        return
     fits = value.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(value.shape, expected, strict=True)
     )

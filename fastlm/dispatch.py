@@ -114,6 +114,11 @@ def forced() -> str | None:
     return _forced
 
 
+def undisturbed() -> bool:
+    """No backend is asked for, and nobody wants to know which one runs."""
+    return _forced is None and _trace is None
+
+
 def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
     """The backend that would run this call, without running it."""
     return _explain(op, which, named, _forced).chosen
@@ -232,6 +237,8 @@ def ready(op: str, device: str = "cpu") -> list[str]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend for every op inside the block, or None for the usual order.
 
+    "cpu" is the compiled kernels and products, of which an element depends on its row and its
+    column alone; the usual order takes the library's products where those are faster.
     A call that the forced backend cannot take raises RuntimeError with the reason. The setting
     holds for the whole process, because autograd runs backward passes on threads of its own.
     """

@@ -8,6 +8,7 @@ The module `fastlm._tokens` works on numpy arrays, for data loaders.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -63,6 +64,7 @@ def _load_tokens() -> tuple[Any, str | None]:
 tokens, tokens_unavailable = _load_tokens()
 
 
+@functools.cache
 def raw(name: str) -> Any:
     """The raw kernel `torch.ops.fastlm_C.<name>`."""
     return getattr(torch.ops.fastlm_C, name).default

@@ -7,6 +7,9 @@ PyTorch multiplies float32 by MKL, which on a processor that is not Intel's uses
 bits. AMD's from Zen 5 on work on 512 at full rate, so the compiled product is about twice as fast
 there (benchmarks/LOG.md, 2026-11-26). It also takes bfloat16 operands as they are, and every
 element of its result depends on its row and its column alone: not on threads, nor on other rows.
+So under `use_backend("cpu")` it computes every product that could be its own, whatever is faster:
+the results of a training forward are then, to the bit, those of the decoding kernel, which sums in
+the same order.
 
 Where the processor multiplies pairs of bfloat16 (AVX512_BF16), operands that both are bfloat16, or
 are to be rounded to it, are multiplied at twice the rate of float32, and sums are float32 all the
@@ -21,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import extension
+from . import dispatch, extension
 
 
 @functools.lru_cache
@@ -30,6 +33,15 @@ def own_is_faster() -> bool:
     if extension.unavailable or not torch.backends.mkl.is_available():
         return False
     return extension.raw("mkl_is_slow")()
+
+
+def _forced() -> bool:
+    return dispatch.forced() == "cpu" and not extension.unavailable
+
+
+def own_runs() -> bool:
+    """Whether the compiled product runs at all: it is faster here, or `use_backend` asks for it."""
+    return _forced() or own_is_faster()
 
 
 @functools.lru_cache
@@ -72,12 +84,13 @@ def own_into(
 
 def takes_mixed(operand: Tensor) -> bool:
     """Whether `into` takes operands like this one, in half precision, for a float32 result."""
-    return own_is_faster() and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
+    return own_runs() and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
 
 
 def _suits_own(out: Tensor, depth: int) -> bool:
     rows, columns = out.shape
-    return rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS and depth >= _LEAST_DEPTH
+    large = rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS and depth >= _LEAST_DEPTH
+    return large or _forced()
 
 
 def into(
@@ -85,7 +98,7 @@ def into(
 ) -> Tensor:
     """As `plain_into`, by the faster of the two; operands as `takes_mixed` says."""
     depth = a.shape[1]
-    own = own_is_faster() and out.dtype == torch.float32 and out.device.type == "cpu"
+    own = own_runs() and out.dtype == torch.float32 and out.device.type == "cpu"
     if own and out.stride(1) == 1 and depth > 0:
         if a.dtype != out.dtype or b.dtype != out.dtype or _suits_own(out, depth):
             return own_into(out, a, b, bias, accumulate=accumulate)
@@ -136,7 +149,7 @@ def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None, *, round: bool = False) -> Tensor:
     """As `plain_each_row`, by one of the two for all numbers of rows; `round` as `fastest`."""
     out = _result(a, b)
-    own = own_is_faster() and out.dtype == torch.float32 and a.device.type == "cpu"
+    own = own_runs() and out.dtype == torch.float32 and a.device.type == "cpu"
     if own and a.shape[1] > 0:
         return own_into(out, a, b, bias, round=round)
     return plain_each_row(a.to(out.dtype), b.to(out.dtype), bias)

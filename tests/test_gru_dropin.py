@@ -368,17 +368,19 @@ def test_short_sequences_go_to_torch() -> None:
     w = [p.detach() for p in nn.GRU(4, 6).parameters()]
 
     def chosen(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> str | None:
-        x = torch.randn(steps, 2, 4).to(dtype)
+        x = torch.randn(steps, options.pop("batch", 2), 4).to(dtype)
         return fastlm.explain("gru", x, None, [p.to(dtype) for p in w], **options)[0].chosen
 
     cpu = fastlm.dispatch.ready("gru")[0]
     if cpu == "cpu":
-        assert chosen(7) == "torch" and chosen(8) == "cpu"
-        assert chosen(7, save="hidden") == "cpu" and chosen(1, torch.bfloat16) == "cpu"
+        assert chosen(3) == "torch" and chosen(4) == "cpu"
+        assert chosen(4, batch=1) == "torch" and chosen(5, batch=1) == "cpu"
+        assert chosen(1, batch=700) == "cpu"
+        assert chosen(3, save="hidden") == "cpu" and chosen(1, torch.bfloat16) == "cpu"
     assert chosen(20, torch.float64) == "torch"
-    assert chosen(7, reset=torch.zeros(7, 2)) == cpu
+    assert chosen(3, reset=torch.zeros(3, 2)) == cpu
     with fastlm.use_backend("reference"):
-        assert chosen(7) == "reference"
+        assert chosen(3) == "reference"
     with fastlm.use_backend("torch"):
         assert fastlm.gru(torch.randn(20, 2, 4), None, w)[0].shape == (20, 2, 6)
         with pytest.raises(RuntimeError, match="no backend takes this forward call"):
@@ -387,6 +389,41 @@ def test_short_sequences_go_to_torch() -> None:
     assert fastlm.explain("gru", packed, None, w)[0].chosen == "torch"
     big = [p.detach() for p in nn.GRU(4, 512).parameters()]
     assert fastlm.explain("gru", packed, None, big)[0].chosen == cpu
+
+
+@pytest.mark.skipif("cpu" not in fastlm.dispatch.ready("gru"), reason="the extension is not built")
+def test_large_batches_in_bfloat16_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with AVX512_BF16, where PyTorch's own products are of pairs too."""
+    from fastlm import extension, matmul
+
+    matmul.multiplies_pairs()  # remembered of the processor, not of what is put in its place
+
+    def chosen(batch: int, hidden: int, **options: Any) -> str | None:
+        """Of a call without gradient, as `explain` makes it."""
+        w = [p.detach().bfloat16() for p in nn.GRU(4, hidden).parameters()]
+        x = torch.randn(2, batch, 4).bfloat16()
+        return fastlm.explain("gru", x, None, w, **options)[0].chosen
+
+    def is_torchs(batch: int, hidden: int, steps: int = 2) -> bool:
+        """Of a call with one."""
+        taken = []
+        with monkeypatch.context() as patch:
+            patch.setattr(fastlm.dispatch, "note", lambda op, name, why: taken.append(name))
+            module = fastlm.nn.GRU(4, hidden, dtype=torch.bfloat16)
+            module(torch.randn(steps, batch, 4).bfloat16())[0].float().sum().backward()
+        return taken == ["torch"]
+
+    monkeypatch.setattr(extension, "cpu_isa", lambda: "avx512")
+    assert chosen(64, 1024) == "cpu" and not is_torchs(64, 512)
+    monkeypatch.setattr(extension, "cpu_isa", lambda: "avx512_bf16")
+    assert is_torchs(64, 512) and is_torchs(128, 256) and is_torchs(64, 128, steps=512)
+    assert not is_torchs(64, 496) and not is_torchs(63, 600) and not is_torchs(512, 64)
+    assert chosen(64, 1024) == "torch" and chosen(64, 512) == "cpu"
+    assert chosen(64, 1024, precision="ieee") == chosen(64, 1024, precision="bf16") == "cpu"
+    assert chosen(64, 1024, save="hidden") == "cpu"
+    assert chosen(64, 1024, reset=torch.zeros(2, 64)) == "cpu"
+    with fastlm.use_backend("cpu"):
+        assert chosen(64, 1024) == "cpu"
 
 
 def test_sizes_beyond_2_31() -> None:
@@ -427,3 +464,43 @@ def test_positions_beyond_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
     want, want_h, want_gates = cpu_kernels.forward(x, None, None, w_hh, None, None, 1, True, False)
     assert torch.equal(output[first:], want) and torch.equal(h_n, want_h)
     assert torch.equal(gates[first:], want_gates)
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_module_gives_short_calls_to_torch_at_once(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the checks of `gru` on the way; but for what PyTorch's kernel would not do."""
+    from fastlm.nn import gru as module
+
+    calls: list[int] = []
+    whole = module.gru
+    monkeypatch.setattr(module, "gru", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    mine, theirs = both(4, 6, **options)
+    x = torch.randn(3, 2, 4) if not mine.batch_first else torch.randn(2, 3, 4)
+    states = mine.num_layers * (2 if mine.bidirectional else 1)
+    if fastlm.extension.unavailable is None:
+        for hx in (None, torch.randn(states, 2, 6)):
+            with torch.no_grad():
+                torch.manual_seed(1)
+                got = mine(x, hx)
+                torch.manual_seed(1)
+                want = theirs(x, hx)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert not calls
+        assert fastlm.nn.GRU(4, 6)(x[:2]) and not calls
+    with fastlm.use_backend("reference"):
+        mine(x)
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mine(x)[0].dtype == torch.bfloat16
+    mine(x, reset=torch.zeros(x.shape[:2]))
+    mine.zoneout = 0.5
+    mine(x)
+    mine.zoneout, mine.save = 0.0, "hidden"
+    mine(x)
+    mine.double()(x.double())
+    assert len(calls) == 6
+    for wrong in (torch.randn(states, 3, 6), torch.randn(states, 2, 6)):
+        with pytest.raises(RuntimeError, match="hidden size|dtype"):
+            mine(x.double(), wrong)

@@ -91,9 +91,6 @@ FASTLM_PER_ISA(void, generation_pack,
                (const void* w, bool bfloat16, const float* bias, int64_t rows, int64_t depth,
                 bool gates, int64_t begin, int64_t end, float* packed))
 FASTLM_PER_ISA(int64_t, generation_panels, (int64_t rows, bool gates))
-// rows [begin, end) of the table
-FASTLM_PER_ISA(void, generation_table,
-               (const DecoderWeights& weights, int64_t begin, int64_t end, float* table))
 FASTLM_PER_ISA(void, generation, (const Generation& args, Team& team, int rank))
 FASTLM_PER_ISA(void, generation_step, (const GenerationStep& args, Team& team, int rank))
 

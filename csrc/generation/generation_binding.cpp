@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "common/binding.h"
 #include "generation/generation.h"
@@ -48,16 +46,6 @@ int64_t generation_workspace(const DecoderShape& s, int64_t batch, int threads) 
 
 namespace {
 
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-using Workspace = std::unique_ptr<float, FreeAligned>;
-
-Workspace allocate(int64_t count) {
-  return Workspace(
-      static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
-}
-
 const int64_t* ids(const Tensor& t) { return static_cast<const int64_t*>(in(t)); }
 const int64_t* ids(const std::optional<Tensor>& t) { return t ? ids(*t) : nullptr; }
 int64_t* ids_out(const Tensor& t) { return static_cast<int64_t*>(out(t)); }
@@ -103,16 +91,6 @@ int64_t pack(const Tensor& w, const std::optional<Tensor>& bias, bool gates, int
 int64_t packed_size(int64_t embedding_dim, int64_t hidden, int64_t layers, int64_t classes,
                     bool bfloat16) {
   return generation_packed_size({embedding_dim, hidden, layers, classes}, bfloat16);
-}
-
-// the input projection of every row of the embedding; `table` is [V, 3H]
-void project(const Tensor& packed, const Tensor& embedding, const Tensor& table, bool bfloat16) {
-  DecoderShape shape{embedding.size(1), table.size(1) / 3, 1, 0};
-  DecoderWeights weights{shape, bfloat16, floats(packed), nullptr, floats(embedding), nullptr};
-  auto kernel = FASTLM_PICK(generation_table);
-  float* to = fastlm::floats_out(table);
-  parallel_rows(embedding.size(0), 64,
-                [&](int64_t begin, int64_t end) { kernel(weights, begin, end, to); });
 }
 
 void step(const std::optional<Tensor>& packed, const Tensor& addresses, const Tensor& embedding,
@@ -187,9 +165,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
   m.def(
       "generation_pack(Tensor w, Tensor? bias, bool gates, int offset, Tensor(a!) packed) -> int");
   m.def(
-      "generation_project(Tensor packed, Tensor embedding, Tensor(a!) table, "
-      "bool bfloat16=False) -> ()");
-  m.def(
       "generation_step(Tensor? packed, Tensor addresses, Tensor embedding, Tensor? table, Tensor "
       "tokens, Tensor h, "
       "Tensor(a!) h_n, Tensor(b!)? logits, int classes, bool bfloat16=False) "
@@ -205,7 +180,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
   m.impl("generation_pack", TORCH_BOX(&fastlm::pack));
-  m.impl("generation_project", TORCH_BOX(&fastlm::project));
   m.impl("generation_step", TORCH_BOX(&fastlm::step));
   m.impl("generation", TORCH_BOX(&fastlm::generate));
 }

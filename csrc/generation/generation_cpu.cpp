@@ -52,12 +52,11 @@ bool finish_token(const Generation& a, const Buffers& b, int64_t slot, const flo
     draw = philox(uint64_t(a.seed), uint64_t(a.row_ids[row]), uint64_t(a.first_step + position));
   Drawn drawn = draw_token(logits, a.weights.shape.classes, a.sampling, draw,
                            a.given ? a.given[at] : -1, b.scratch);
-  a.logprobs[at] = drawn.logprob;
+  a.logprobs[at] = drawn.softmax.logprob;
   a.lengths[row] = position + 1;
   if (a.row_max) {
-    const double temperature = a.sampling.temperature > 0 ? a.sampling.temperature : 1;
-    a.row_max[at] = float(double(drawn.top) / temperature);
-    a.log_sum[at] = float(drawn.log_total);
+    a.row_max[at] = float(drawn.softmax.max);
+    a.log_sum[at] = float(drawn.softmax.log_sum);
   }
   const int64_t end = a.given ? a.given_lengths[row] : a.max_new;
   if (!a.given) a.tokens[at] = drawn.token;
@@ -137,12 +136,6 @@ void generation_pack(const void* w, bool bfloat16, const float* bias, int64_t ro
     pack_any(w, bfloat16, bias, depth,
              gates ? gate_columns(rows / kGates, p) : class_columns(rows, p), packed + p * size);
   }
-}
-
-void generation_table(const DecoderWeights& weights, int64_t begin, int64_t end, float* table) {
-  const int64_t depth = weights.shape.embedding_dim, width = kGates * weights.shape.hidden;
-  for_tiles(vectors(weights.shape.hidden), end - begin, 0, 1,
-            TableTile{weights, weights.embedding + begin * depth, table + begin * width});
 }
 
 void generation(const Generation& a, Team& team, int rank) {

@@ -4,6 +4,7 @@
 #include "embedding_gru/embedding_gru_step.h"
 #include "embedding_gru/embedding_gru_words.h"
 #include "generation/generation.h"
+#include "matmul/matmul_chain.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -63,12 +64,43 @@ FASTLM_INLINE const float* panel_of(const Matrix& m, int64_t panel, PanelCache* 
   return cache->buffer;
 }
 
-// sum[i] = bias + a[i] times a panel of m
+// sum[i] = bias + a[i] times a panel of m, in one chain: to the bits of the layers' own kernel
 template <int Rows>
 FASTLM_INLINE void multiply_matrix(const Matrix& m, const float* panel, const float* a,
                                    int64_t stride, Vec (&sum)[Rows][kGates]) {
   m.bfloat16 ? multiply_panel_of<Operands::widened, Rows>(a, stride, panel, m.depth, sum)
              : multiply_panel<Rows>(a, stride, panel, m.depth, sum);
+}
+
+template <Operands K, int Rows>
+FASTLM_INLINE void multiply_chains_of(const float* a, int64_t stride, const float* panel,
+                                      int64_t depth, Vec (&sum)[Rows][kGates]) {
+  constexpr int64_t kWords = K == Operands::floats ? kChain : kChain / 2;
+  static_assert(kChain % 2 == 0, "a word is in one chain");
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGates; ++g) sum[i][g] = load(panel + g * kLanes);
+  }
+  panel += kGates * kLanes;
+  for (int64_t k = 0; k < depth; k += kChain, panel += kWords * kGates * kLanes) {
+    Vec chain[Rows][kGates] = {};
+    multiply_of<K, Rows, kGates>(a + k, stride, panel, depth - k < kChain ? depth - k : kChain,
+                                 chain);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+      for (int g = 0; g < kGates; ++g) sum[i][g] += chain[i][g];
+    }
+  }
+}
+
+// the same, to the bits of `matmul` of floats
+template <int Rows>
+FASTLM_INLINE void multiply_chains(const Matrix& m, const float* panel, const float* a,
+                                   int64_t stride, Vec (&sum)[Rows][kGates]) {
+  m.bfloat16 ? multiply_chains_of<Operands::widened, Rows>(a, stride, panel, m.depth, sum)
+             : multiply_chains_of<Operands::floats, Rows>(a, stride, panel, m.depth, sum);
 }
 
 FASTLM_INLINE Matrix raw_matrix(const DecoderWeights& w, int64_t at, int64_t bias_at, int64_t rows,
@@ -208,7 +240,7 @@ struct LayerTile {
     if (!looked_up) {
       const float* from =
           layer == 0 ? buffers.x + slot * buffers.input_stride : next - batch * stride;
-      multiply_matrix<Rows>(input, panel_of(input, vector, &buffers.cache[0]), from,
+      multiply_chains<Rows>(input, panel_of(input, vector, &buffers.cache[0]), from,
                             layer == 0 ? buffers.input_stride : stride, x);
     }
     multiply_matrix<Rows>(recurrent, panel_of(recurrent, vector, &buffers.cache[1]), h, stride,
@@ -237,33 +269,13 @@ struct HeadTile {
   template <int Rows>
   void run(int64_t panel, int64_t row) const {
     Vec sum[Rows][kGates];
-    multiply_matrix<Rows>(head, panel_of(head, panel, &buffers.cache[0]),
+    multiply_chains<Rows>(head, panel_of(head, panel, &buffers.cache[0]),
                           h + row * buffers.state_stride, buffers.state_stride, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* logits = buffers.logits + (row + i) * buffers.logits_stride;
 #pragma GCC unroll 8
       for (int v = 0; v < kGates; ++v) store(logits + (panel * kGates + v) * kLanes, sum[i][v]);
-    }
-  }
-};
-
-struct TableTile {
-  const DecoderWeights& weights;
-  const float* rows;
-  float* table;
-
-  template <int Rows>
-  void run(int64_t vector, int64_t row) const {
-    const int64_t hidden = weights.shape.hidden, depth = weights.shape.embedding_dim;
-    Vec sum[Rows][kGates];
-    const Matrix input = input_matrix(weights, 0);
-    multiply_matrix<Rows>(input, panel_of(input, vector, nullptr), rows + row * depth, depth, sum);
-    for (int i = 0; i < Rows; ++i) {
-      for (int g = 0; g < kGates; ++g) {
-        store_columns(table + ((row + i) * kGates + g) * hidden, vector * kLanes, hidden,
-                      sum[i][g]);
-      }
     }
   }
 };

@@ -12,6 +12,8 @@ namespace {
 
 // multiply-adds of a part that is worth a thread
 constexpr int64_t kLeastPart = 1 << 19;
+// packing b costs about as much as so many rows of a
+constexpr int64_t kPackingRows = 8;
 
 Matrix matrix(const Tensor& t) { return {in(t), t.stride(0), t.stride(1), is_bfloat16(t)}; }
 
@@ -28,7 +30,7 @@ void matmul_cpu(const Tensor& a, const Tensor& b, const std::optional<Tensor>& b
   args.depth = a.size(1);
   args.accumulate = accumulate;
   args.round = round;
-  const int64_t useful = args.rows * args.columns * args.depth / kLeastPart;
+  const int64_t useful = (args.rows + kPackingRows) * args.columns * args.depth / kLeastPart;
   const int64_t members =
       std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), useful));
   auto run = FASTLM_PICK_BF16(matmul);

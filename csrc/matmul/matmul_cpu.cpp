@@ -2,8 +2,7 @@
 // High-Performance Matrix Multiplication"): a panel of b stays in the first-level cache, a block of
 // a and of b in the second.
 //
-// Every element of c is, for each block of kDepth words, one chain of fused multiply-adds over k in
-// order from 0, and the chains are added up in order. So it depends on its row of a and its column
+// Every element of c is summed as matmul_chain.h says. So it depends on its row of a and its column
 // of b alone, not on the number of threads or on what stands around it.
 //
 // With AVX512_BF16 a word is a pair of bfloat16, where both operands are that or are to be rounded,

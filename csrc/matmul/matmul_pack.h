@@ -3,6 +3,7 @@
 
 #include "common/bfloat16.h"
 #include "matmul/matmul.h"
+#include "matmul/matmul_chain.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -12,7 +13,7 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 12 : 6;
 constexpr int kVectors = 2;
 constexpr int kColumns = kVectors * kLanes;
-constexpr int kDepth = 128;  // words: a float, or a pair of bfloat16
+constexpr int kDepth = kChain;  // words: a float, or a pair of bfloat16
 constexpr int kBlockRows = 10 * kRows;
 constexpr int kBlockColumns = 1024;
 // between the rows of a packed tile of a: rows 4 KiB apart would share the sets of the cache

@@ -1,78 +1,26 @@
-// Row statistics on the CPU. One pass over memory: a row is taken in blocks that stay in the
+// Softmax statistics on the CPU. One pass over memory: a row is taken in blocks that stay in the
 // first-level cache; each block is read for its maximum, then for its sums relative to that
 // maximum, and the block's sums are merged into the row's in double precision. The order is fixed
 // by the block size alone, so a row's result depends on nothing but the row.
 #include "common/vec.h"
 #include "row_statistics/row_statistics.h"
+#include "row_statistics/row_statistics_sums.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kBlock = 4096;  // 16 KiB of float32
-// exp(kLowest) is 0, and 0 * kLowest is 0 where 0 * -infinity would be NaN
-constexpr float kLowest = -1e4f;
-
-FASTLM_INLINE VecInt first_lanes(int count) {
-  VecInt lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < count;
-}
-
-FASTLM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-
-// from logits to z
-template <bool kCap>
-struct Scores {
-  float scale, cap, inverse_cap;
-  Scores(float scale, float softcap)
-      : scale(scale), cap(softcap), inverse_cap(kCap ? 1.f / softcap : 0.f) {}
-  // tanh of the logit, or the logit itself
-  Vec squash(Vec x) const { return kCap ? tanh(x * inverse_cap) : x; }
-  // rounded, as the largest score is: fused with its subtraction equal logits would differ by the
-  // rounding of the largest
-  Vec z(Vec squashed) const { return rounded(kCap ? squashed * cap * scale : squashed * scale); }
-  // dz/dlogits
-  Vec slope(Vec squashed) const {
-    return kCap ? scale * (1.f - squashed * squashed) : broadcast(scale);
-  }
-};
-
-// a sum below this is taken again without the largest: above it float keeps 3 digits of sum - 1
-constexpr float kCertain = 1.f + 1.f / 128;
-
-// sums over the row so far
-struct RowSums {
-  double max = -__builtin_inf();
-  double sum = 0, moment = 0, squares = 0;  // of e, e * (z - max), e * e with e = exp(z - max)
-  double weighted = 0, mass = 0;            // of weight * z, weight
-  float best = -kInfinity;                  // the largest logit, for argmax
+// for argmax
+struct Largest {
+  float best = -kInfinity;
   int64_t argmax = 0;
   bool has_nan = false;
-
-  void merge(double base, double s, double m, double q) {
-    if (s == 0) return;  // nothing but -infinity in the block
-    if (sum == 0) {
-      max = base, sum = s, moment = m, squares = q;
-    } else if (base > max) {
-      double shift = max - base, factor = __builtin_exp(shift);
-      moment = factor * (moment + shift * sum) + m;
-      squares = factor * factor * squares + q;
-      sum = factor * sum + s;
-      max = base;
-    } else {
-      double shift = base - max, factor = __builtin_exp(shift);
-      moment += factor * (m + shift * s);
-      squares += factor * factor * q;
-      sum += factor * s;
-    }
-  }
 };
 
 // the first of the largest logits, or the first NaN
 template <typename T>
 void update_argmax(const T* x, int count, float sign, float largest, bool nan, int64_t offset,
-                   RowSums* row) {
+                   Largest* row) {
   bool larger = largest > row->best;
   if (row->has_nan || !(nan || larger)) return;
   if (larger) row->best = largest;
@@ -91,103 +39,6 @@ void update_argmax(const T* x, int count, float sign, float largest, bool nan, i
   }
 }
 
-template <bool kMoments, bool kWeighted>
-struct BlockSums {
-  Vec sum{}, moment{}, squares{}, weighted{}, mass{};
-
-  // z relative to the block's maximum; lanes outside are not counted
-  template <bool kMasked>
-  FASTLM_INLINE void add(BlockSums& s, Vec shifted, Vec weight, VecInt inside) {
-    Vec e = exp(shifted);
-    if (kMasked) e = select(inside, e, Vec{});
-    s.sum += e;
-    if (kMoments) {
-      s.moment += e * select(shifted < kLowest, broadcast(kLowest), shifted);
-      s.squares += e * e;
-    }
-    if (kWeighted) {
-      Vec product = weight * shifted;
-      s.weighted += kMasked ? select(inside, product, Vec{}) : product;
-      s.mass += kMasked ? select(inside, weight, Vec{}) : weight;
-    }
-  }
-  FASTLM_INLINE BlockSums join(const BlockSums& a, const BlockSums& b) {
-    return {a.sum + b.sum, a.moment + b.moment, a.squares + b.squares, a.weighted + b.weighted,
-            a.mass + b.mass};
-  }
-};
-
-// sum of exp(z - base) without the largest class, from the sums of `add_block`: only the lane that
-// has it is summed again
-template <typename T, bool kCap>
-__attribute__((noinline)) double sum_of_rest(const Scores<kCap>& scores, const T* x, int count,
-                                             float base, Vec even, Vec odd) {
-  constexpr int kStep = 2 * kLanes;
-  float lanes[kStep], in_lane[kBlock / kStep + 2];
-  store(lanes, even);
-  store(lanes + kLanes, odd);
-  int certain = 0, n = 0;
-  double sum = 0;
-  for (int i = 0; i < kStep; ++i) {
-    if (lanes[i] > 0.5f)
-      certain = i;
-    else
-      sum += lanes[i];
-  }
-  const int pairs = count / kStep * kStep;
-  for (int i = certain; i < pairs; i += kStep) in_lane[n++] = to_float(x[i]);
-  if (certain < kLanes)
-    for (int i = pairs + certain; i < count; i += kLanes) in_lane[n++] = to_float(x[i]);
-  Vec rest{};
-  for (int i = 0; i < n; i += kLanes) {
-    Vec e = exp(scores.z(scores.squash(load_first(in_lane + i, n - i, 0.f))) - base);
-    rest += select((e < 0.5f) & first_lanes(n - i), e, Vec{});
-  }
-  return sum + reduce_add(rest);
-}
-
-template <typename T, bool kCap, bool kMoments, bool kWeighted>
-void add_block(const RowForward& a, const T* x, const float* weight, int count, int64_t offset,
-               RowSums* row) {
-  using Sums = BlockSums<kMoments, kWeighted>;
-  const Scores<kCap> scores(a.scale, a.softcap);
-  const float sign = a.scale < 0 ? -1.f : 1.f;
-  const float largest = largest_of(x, count, sign);
-  // a block of -infinity alone is measured from 0: -inf - -inf would be NaN
-  const float base =
-      largest == -kInfinity ? 0.f : scores.z(scores.squash(broadcast(largest * sign)))[0];
-  const Vec one = broadcast(1.f);
-  Sums even, odd;
-  int i = 0;
-  auto shifted = [&](Vec v) { return scores.z(scores.squash(v)) - base; };
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    // the next block (of this row or the next one) arrives while this one is worked on
-    prefetch(x + i + kBlock);
-    prefetch(x + i + kBlock + kLanes);
-    Vec w0 = kWeighted && weight ? load(weight + i) : one;
-    Vec w1 = kWeighted && weight ? load(weight + i + kLanes) : one;
-    Sums::template add<false>(even, shifted(load(x + i)), w0, VecInt{});
-    Sums::template add<false>(odd, shifted(load(x + i + kLanes)), w1, VecInt{});
-  }
-  for (; i < count; i += kLanes) {
-    int rest = count - i < kLanes ? count - i : kLanes;
-    Vec w = kWeighted && weight ? load_first(weight + i, rest, 0.f) : one;
-    Sums::template add<true>(even, shifted(load_first(x + i, rest, 0.f)), w, first_lanes(rest));
-  }
-  Sums block = Sums::join(even, odd);
-  const float sum = reduce_add(block.sum);
-  // one class has nearly all: beside its 1 the others, and with them the loss, would be rounded off
-  const bool certain = sum < kCertain && sum > 0.5f;
-  row->merge(base, certain ? 1 + sum_of_rest(scores, x, count, base, even.sum, odd.sum) : sum,
-             kMoments ? reduce_add(block.moment) : 0, kMoments ? reduce_add(block.squares) : 0);
-  if (kWeighted) {
-    double mass = reduce_add(block.mass);
-    row->weighted += reduce_add(block.weighted) + mass * base;
-    row->mass += mass;
-  }
-  if (a.argmax) update_argmax(x, count, sign, largest, sum != sum, offset, row);
-}
-
 template <typename T>
 FASTLM_INLINE void set(T* p, int64_t row, double value) {
   if (p) p[row] = T(value);
@@ -201,20 +52,31 @@ void skip_row(const RowForward& a, int64_t row) {
 }
 
 template <typename T, bool kCap, bool kMoments, bool kWeighted>
+void next_block(const RowForward& a, const T* x, const float* weight, int count, int64_t offset,
+                RowSums* row, Largest* largest) {
+  const Scores<kCap> scores(a.scale, a.softcap);
+  const float sign = sign_of(a.scale), top = largest_of(x, count, sign);
+  const Block block =
+      add_block<T, kCap, kMoments, kWeighted>(scores, x, weight, count, top, row, WholeRow{});
+  if (a.argmax) update_argmax(x, count, sign, top, block.sum != block.sum, offset, largest);
+}
+
+template <typename T, bool kCap, bool kMoments, bool kWeighted>
 void forward_row(const RowForward& a, int64_t index) {
   if (a.target && a.target[index] == a.ignore_index) return skip_row(a, index);
   const T* x = static_cast<const T*>(a.logits) + index * a.row_stride;
   const float* weight = a.weight ? a.weight + index * a.weight_stride : nullptr;
   float gathered[kBlock];
   RowSums row;
+  Largest largest;
   for (int64_t at = 0; at < a.classes; at += kBlock) {
     int count = int(a.classes - at < kBlock ? a.classes - at : kBlock);
     const float* w = weight ? weight + at : nullptr;
     if (a.class_stride == 1) {
-      add_block<T, kCap, kMoments, kWeighted>(a, x + at, w, count, at, &row);
+      next_block<T, kCap, kMoments, kWeighted>(a, x + at, w, count, at, &row, &largest);
     } else {
       for (int i = 0; i < count; ++i) gathered[i] = to_float(x[(at + i) * a.class_stride]);
-      add_block<float, kCap, kMoments, kWeighted>(a, gathered, w, count, at, &row);
+      next_block<float, kCap, kMoments, kWeighted>(a, gathered, w, count, at, &row, &largest);
     }
   }
   const double log_sum = __builtin_log(row.sum);
@@ -225,14 +87,13 @@ void forward_row(const RowForward& a, int64_t index) {
   set(a.sum_sq, index, row.squares / (row.sum * row.sum));
   set(a.weighted_sum, index, row.weighted - row.mass * (row.max + log_sum));
   set(a.weight_mass, index, row.mass);
-  set(a.argmax, index, row.argmax);
+  set(a.argmax, index, largest.argmax);
   if (!a.target) return;
   const int64_t target = a.target[index];
   double logprob = __builtin_nan("");
   if (target >= 0 && target < a.classes) {
     const Scores<kCap> scores(a.scale, a.softcap);
-    float value = to_float(x[target * a.class_stride]);
-    logprob = double(scores.z(scores.squash(broadcast(value)))[0]) - row.max - log_sum;
+    logprob = log_probability(scores, x[target * a.class_stride], row, log_sum);
   }
   set(a.logprob, index, logprob);
 }

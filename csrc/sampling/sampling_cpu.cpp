@@ -13,7 +13,7 @@ void sample_row(const SampleArgs& args, int64_t index, float* scratch) {
   Drawn drawn = draw_token(static_cast<const T*>(args.logits) + index * args.stride, args.classes,
                            args.options, draw, -1, scratch);
   args.tokens[index] = drawn.token;
-  args.logprobs[index] = drawn.logprob;
+  args.logprobs[index] = drawn.softmax.logprob;
 }
 
 }  // namespace

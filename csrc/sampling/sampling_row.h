@@ -1,5 +1,7 @@
 // One row of logits: its softmax, thresholds and inverse CDF. Include in *_cpu.cpp only.
 //
+// The log-prob is that of `row_statistics`, to the bit.
+//
 // All filters keep the tokens at or above some logit, so a row needs one threshold. The
 // distribution is never stored: sums of 256 exponentials are, the block that holds the draw is
 // found from them, and only that block is computed again.
@@ -9,13 +11,12 @@
 
 #include "common/philox.h"
 #include "common/vec.h"
+#include "row_statistics/row_statistics_sums.h"
 #include "sampling/sampling.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
 
 // unsigned integers in the order of the floats
 FASTLM_INLINE uint32_t ordered(float x) {
@@ -74,6 +75,38 @@ float round_up(double x) {
   return double(f) < x ? from_ordered(ordered(f) + 1) : f;
 }
 
+// what the log-prob of a token is made of
+struct Softmax {
+  double max, log_sum;  // of z, the logits over the temperature; of exp(z - max)
+  float logprob;        // in nats; NaN where the row is no distribution
+};
+
+template <typename T>
+Softmax softmax_of(const RowSums& row, T logit, double temperature) {
+  const Scores<false> scores(float(1 / temperature), 0.f);
+  const double log_sum = __builtin_log(row.sum);
+  return {row.max, log_sum, float(log_probability(scores, logit, row, log_sum))};
+}
+
+template <typename T>
+Softmax score_token(const T* logits, int64_t classes, double temperature, int64_t token) {
+  const Scores<false> scores(float(1 / temperature), 0.f);
+  RowSums row;
+  for (int64_t at = 0; at < classes; at += kBlock) {
+    const int count = int(classes - at < kBlock ? classes - at : kBlock);
+    const float top = largest_of(logits + at, count, 1.f);
+    add_block<T, false, false, false>(scores, logits + at, nullptr, count, top, &row, WholeRow{});
+  }
+  return softmax_of(row, logits[token], temperature);
+}
+
+struct SampleBlocks {
+  static constexpr int kClasses = kSampleBlock;
+  static constexpr bool kWanted = true;
+  double** next;
+  void operator()(Vec part) const { *(*next)++ = double(reduce_add(part)); }
+};
+
 template <typename T>
 struct Row {
   const T* logits;
@@ -81,6 +114,7 @@ struct Row {
   float top;        // largest logit
   float inverse_t;  // 1 / temperature
   double total;     // sum of exp((logit - top) / temperature) over the row
+  RowSums row;      // the row's statistics
   double* sums;     // [blocks] of exp((logit - top) / temperature)
   float* maxima;    // [blocks, kLanes]
   float* values;    // scratch for `select`
@@ -97,16 +131,22 @@ struct Row {
     double inverse = 1 / temperature;
     inverse_t = float(inverse > 1e38 ? 1e38 : inverse < 1e-37 ? 1e-37 : inverse);
     find_top();
-    total = sum_blocks(-kInfinity);
+    total = sum_row(float(inverse));
+    // 1 / temperature or logits times it are beyond float
+    if (total != total) total = sum_blocks(-kInfinity);
   }
 
   bool is_distribution() const { return top > -kInfinity && top < kInfinity && total == total; }
 
-  // of the whole row, in nats: NaN where it is no distribution
-  float logprob(int64_t token, double temperature) const {
-    if (!is_distribution()) return __builtin_nanf("");
-    double distance = double(to_float(logits[token])) - double(top);
-    return float(distance / temperature - __builtin_log(total));
+  // of the whole row
+  Softmax softmax(int64_t token, double temperature) const {
+    Softmax found = softmax_of(row, logits[token], temperature);
+    if (found.logprob == found.logprob || !is_distribution()) return found;
+    const double distance = double(to_float(logits[token])) - double(top);
+    found.max = double(top) / temperature;
+    found.log_sum = __builtin_log(total);
+    found.logprob = float(distance / temperature - found.log_sum);
+    return found;
   }
 
   FASTLM_INLINE Vec at(const T* logits, int64_t i, int64_t classes) {
@@ -128,6 +168,38 @@ struct Row {
       all = max(m, all);
     }
     top = reduce_max(all);
+  }
+
+  // of the classes of a block of `row_statistics`
+  float largest_in(int64_t begin) const {
+    Vec all = broadcast(-kInfinity);
+    const int64_t end = (begin + kBlock) / kSampleBlock;
+    for (int64_t block = begin / kSampleBlock; block < (end < blocks ? end : blocks); ++block)
+      all = max(load(maxima + block * kLanes), all);
+    return reduce_max(all);
+  }
+
+  // as `row_statistics` sums, and on the way the sums of blocks relative to the row; returns theirs
+  double sum_row(float scale) {
+    const Scores<false> scores(scale, 0.f);
+    double* sum = sums;
+    for (int64_t at = 0; at < classes; at += kBlock) {
+      const int count = int(classes - at < kBlock ? classes - at : kBlock);
+      const double before = row.max;
+      double* first = sum;
+      const Block block = add_block<T, false, false, false>(
+          scores, logits + at, nullptr, count, largest_in(at), &row, SampleBlocks{&sum});
+      if (block.sum == 0) continue;
+      // to the largest so far
+      double* from = row.max > before ? sums : first;
+      double* end = row.max > before ? first : sum;
+      const double factor =
+          __builtin_exp(row.max > before ? before - row.max : double(block.base) - row.max);
+      for (; from < end; ++from) *from *= factor;
+    }
+    double total = 0;
+    for (int64_t i = 0; i < blocks; ++i) total += sums[i];
+    return total;
   }
 
   // sum of the weights of one block at or above the threshold
@@ -250,24 +322,25 @@ struct Row {
 
 struct Drawn {
   int64_t token;  // -1 where the row is no distribution
-  float logprob;
-  float top;         // largest logit
-  double log_total;  // log of the sum of exp((logit - top) / temperature)
+  Softmax softmax;
 };
 
-// not inline: a token gets the same log-prob, to the bit, whether it is drawn or given
+// the token to draw, or the one that is given
 template <typename T>
 __attribute__((noinline)) Drawn draw_token(const T* logits, int64_t classes,
                                            const SampleOptions& options, Philox draw, int64_t given,
                                            float* scratch) {
-  double temperature = options.temperature > 0 ? options.temperature : 1;
-  Row<T> row(logits, classes, temperature, scratch);
-  int64_t token = given;
-  if (given < 0) {
-    if (!row.is_distribution()) return {-1, __builtin_nanf(""), row.top, row.total};
-    token = options.temperature > 0 ? row.draw(options, philox_double(draw)) : row.first_at_top();
+  const double temperature = options.temperature > 0 ? options.temperature : 1;
+  if (given >= 0) {
+    const Softmax found = score_token(logits, classes, temperature, given);
+    if (found.logprob == found.logprob) return {given, found};
+    return {given, Row<T>(logits, classes, temperature, scratch).softmax(given, temperature)};
   }
-  return {token, row.logprob(token, temperature), row.top, __builtin_log(row.total)};
+  Row<T> row(logits, classes, temperature, scratch);
+  if (!row.is_distribution()) return {-1, softmax_of(row.row, __builtin_nanf(""), 1)};
+  const int64_t token =
+      options.temperature > 0 ? row.draw(options, philox_double(draw)) : row.first_at_top();
+  return {token, row.softmax(token, temperature)};
 }
 
 }  // namespace

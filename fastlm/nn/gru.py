@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import checks
+from .. import checks, dispatch
 from ..ops.embedding_gru.arguments import cells_of, check_options
 from ..ops.embedding_gru.embedding import EmbeddingOptions
 from ..ops.embedding_gru.public import embedding_layer
-from ..ops.embedding_gru.stack import gru
+from ..ops.embedding_gru.stack import MOST_LEAST_STEPS, gru, least_steps
 from ..ops.embedding_gru.token_plan import TokenPlan
 from .decoder import GRUDecoder
 
@@ -94,6 +94,10 @@ class GRU(nn.RNNBase):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Any:
+        if reset is None and segment_ids is None and cu_seqlens is None and lengths is None:
+            short = self._short(input, hx)
+            if short is not None:
+                return short
         weights = self.weights()
         data = input.data if isinstance(input, PackedSequence) else input
         batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
@@ -122,6 +126,38 @@ class GRU(nn.RNNBase):
             save=self.save,
             zoneout=self.zoneout,
         )
+
+    def _short(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """What `forward` gives where PyTorch's own GRU takes a call of few steps, or None: `gru`
+        comes to the same, and what it checks on the way takes longer than such a call."""
+        if isinstance(input, PackedSequence) or torch.compiler.is_compiling() or input.dim() != 3:
+            return None
+        first, second, features = input.shape
+        batch, steps = (first, second) if self.batch_first else (second, first)
+        if not 0 < steps < MOST_LEAST_STEPS or batch == 0 or features != self.input_size:
+            return None
+        if input.dtype is not torch.float32 or input.device.type != "cpu" or self.zoneout:
+            return None
+        if self.save != "gates" or self.precision not in ("auto", "ieee"):
+            return None
+        if not dispatch.undisturbed() or torch.is_autocast_enabled("cpu"):
+            return None
+        weights = self.weights()
+        w_hh, hidden = weights[1], self.hidden_size
+        differentiable = torch.is_grad_enabled() and (input.requires_grad or w_hh.requires_grad)
+        if w_hh.dtype is not torch.float32 or steps >= least_steps(batch, hidden, differentiable):
+            return None
+        shape = (self.num_layers * (2 if self.bidirectional else 1), batch, hidden)
+        if hx is None:
+            hx = input.new_zeros(shape)
+        elif hx.shape != shape or hx.dtype is not torch.float32:
+            return None
+        return torch.gru(
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, self.batch_first,
+        )  # fmt: skip
 
     def _check(
         self, data: Tensor, hx: Tensor | None, batch_sizes: Tensor | None,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...second_order import gradients, tangents
 from . import differentiable
@@ -107,6 +108,23 @@ class _ApplyWithTangents(_Apply):
         return (*tangents(plain, tensors, given[4:]), None)
 
 
+class _Eager(torch.autograd.Function):
+    """`_ApplyWithTangents` outside of transforms, for which torch binds a signature at each call:
+    a third of the time of a small one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: _Layer, how: tuple[Any, ...], save: bool, precision: str,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        output = layer.forward(*tensors, *how, save, precision)
+        _Apply.setup_context(ctx, (layer, how, save, precision, *tensors), output)
+        return output
+
+    backward = _Apply.backward
+    jvp = _ApplyWithTangents.jvp
+
+
 def _sequences(ctx: Any, tensors: Sequence[Any]) -> int:
     if ctx.layer is RAGGED:
         return tensors[8].shape[0]
@@ -123,8 +141,15 @@ def apply(
     layer: _Layer, tensors: Sequence[Tensor | None], how: tuple[Any, ...], save: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """output and h_n, differentiable."""
-    keep = save == "gates" and torch.is_grad_enabled()
-    keep = keep and any(t is not None and t.requires_grad for t in tensors)
-    function = _Apply if torch.compiler.is_compiling() else _ApplyWithTangents
-    output, h_n, _ = function.apply(layer, how, keep, precision, *tensors)
+    differentiable = torch.is_grad_enabled()
+    differentiable = differentiable and any(t is not None and t.requires_grad for t in tensors)
+    keep = save == "gates" and differentiable
+    if torch.compiler.is_compiling():
+        output, h_n, _ = _Apply.apply(layer, how, keep, precision, *tensors)
+    elif torch._C._are_functorch_transforms_active():
+        output, h_n, _ = _ApplyWithTangents.apply(layer, how, keep, precision, *tensors)
+    elif differentiable or forward_ad._current_level >= 0:
+        output, h_n, _ = _Eager.apply(layer, how, keep, precision, *tensors)
+    else:
+        output, h_n, _ = layer.forward(*tensors, *how, keep, precision)
     return output, h_n

@@ -24,15 +24,18 @@ def forward(
     reverse: bool,
     round: bool = False,
     plan: Plan | None = None,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """With `save` False there are no gates, [0, 4H]."""
     tokens, hidden = (table if index is None else index).shape[0], w_hh.shape[1]
     # the kernel writes the tokens of the plan only
     full = plan is None or plan.covered == tokens
     output = (table.new_empty if full else table.new_zeros)(tokens, hidden)
-    gates, h_n = table.new_empty(tokens, 4 * hidden), table.new_empty(batch, hidden)
+    gates = table.new_empty(tokens if save else 0, 4 * hidden)
+    h_n = table.new_empty(batch, hidden)
     raw("gru_forward")(
-        table, index, reset, w_hh, b_hh, h0, batch_first, reverse, output, h_n, gates,
-        None if plan is None else plan.packed, round,
+        table, index, reset, w_hh, b_hh, h0, batch_first, reverse, output, h_n,
+        gates if save else None, None if plan is None else plan.packed, round,
     )  # fmt: skip
     return output, h_n, gates
 

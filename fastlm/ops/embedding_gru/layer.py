@@ -33,12 +33,14 @@ class Recurrence(NamedTuple):
     takes_bfloat16: bool = False
     # whether the two products take operands in bfloat16, and `round`
     multiplies_pairs: Callable[[], bool] = lambda: False
+    # whether `forward` takes save=False, to leave the gates out
+    may_drop_gates: bool = False
 
 
 def _wide(x: Any) -> Any:
     """In the dtype of the computation, contiguous."""
-    if x is None:
-        return None
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
@@ -149,9 +151,10 @@ def _run_forward(
             start.to(dtype),
             table.new_empty(shape.numel() if save else 0, 4 * hidden),
         )
+    drops = {} if save or not recurrence.may_drop_gates else {"save": False}
     output, h_n, gates = recurrence.forward(
         table, index, _flat(reset), w_hh, b_hh, _reordered(_wide(h0), call), *call[:3],
-        **call.recurrence(),
+        **call.recurrence(), **drops,
     )  # fmt: skip
     if not save:
         gates = gates.new_empty(0, gates.shape[1])

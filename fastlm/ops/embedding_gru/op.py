@@ -225,8 +225,9 @@ _cpu = layer.Recurrence(
     matmul.fastest,
     matmul.each_row,
     cpu_kernels.recompute_gates,
-    True,
-    matmul.multiplies_pairs,
+    takes_bfloat16=True,
+    multiplies_pairs=matmul.multiplies_pairs,
+    may_drop_gates=True,
 )
 _reference = layer.Recurrence(
     _of_lengths(reference.forward, ragged.forward),

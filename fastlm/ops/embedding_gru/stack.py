@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ... import checks, dispatch, philox
+from ... import checks, dispatch, extension, philox
 from . import differentiable, sequences
 from .arguments import Cell, cells_of, check_options, check_state, check_weights, is_single
 from .autograd import DENSE, RAGGED, apply
@@ -140,18 +141,49 @@ def _stack(
         input = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if options.dropout and options.training and number + 1 < layers:
             input = _dropped(input, options, where is not None or not options.batch_first)
-    return input, torch.stack(states)
+    return input, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
 
 
-def torch_is_faster(input: Tensor, cell: Cell, steps: int) -> str | None:
-    """Why PyTorch's own GRU takes a dense call, or None: it has no kernel to set up, and no gain
-    over many steps. LOG: "gru: short sequences"."""
+def least_steps(batch: int, hidden: int, differentiable: bool) -> int:
+    """Of a float32 call on a CPU that the compiled kernel takes: PyTorch's own GRU has nothing to
+    set up, and no gain over many steps. LOG: "gru: short sequences"."""
+    units = batch * hidden
+    if differentiable:
+        return 1 if units >= 1 << 14 else 2 if units * hidden >= 1 << 17 else 3
+    return 1 if units >= 1 << 12 else 2 if units >= 1 << 10 else 4 if batch > 1 else 5
+
+
+#: no size has more `least_steps`
+MOST_LEAST_STEPS = 5
+
+
+def _large_in_bfloat16(batch: int, hidden: int, steps: int, differentiable: bool) -> bool:
+    """Whether PyTorch's own GRU, whose gates are of 16 bits, is the faster one in bfloat16, on a
+    processor that multiplies pairs. LOG: "gru: large batches in bfloat16"."""
+    units = batch * hidden
+    large = units >= 1 << 16
+    if differentiable:
+        large = units >= 1 << 15 or units * steps >= 1 << 22
+    return batch >= 64 and hidden >= 128 and large and extension.cpu_isa() == "avx512_bf16"
+
+
+def torch_is_faster(
+    input: Tensor, cell: Cell, batch: int, steps: int, precision: str
+) -> str | None:
+    """Why PyTorch's own GRU takes a dense call, or None."""
     if torch.compiler.is_compiling():
         return None
     w_hh, device = cell[1], input.device.type
-    least = 4 if torch.is_grad_enabled() else 8
-    if device == "cpu" and w_hh.dtype == torch.float32 and steps < least:
-        return f"fewer than {least} steps"
+    differentiable = torch.is_grad_enabled() and (input.requires_grad or w_hh.requires_grad)
+    if device == "cpu" and w_hh.dtype == torch.float32 and steps < MOST_LEAST_STEPS:
+        least = least_steps(batch, w_hh.shape[1], differentiable)
+        if steps < least:
+            return f"fewer than {least} steps"
+    if device == "cpu" and w_hh.dtype == torch.float32 and not extension.unavailable:
+        return None
+    if device == "cpu" and w_hh.dtype == torch.bfloat16 and precision == "auto":
+        if _large_in_bfloat16(batch, w_hh.shape[1], steps, differentiable):
+            return "a large batch in bfloat16"
     named = {"input": input, "w_ih": cell[0], "w_hh": w_hh}
     if dispatch.preferred("gru", "forward", named) == "reference":
         # in 16 bits the loop of the CPU is slower, and carries its state in 16 bits
@@ -169,10 +201,18 @@ def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: 
     forced = dispatch.forced()
     why = None
     if forced is None:
-        why = torch_is_faster(input, cells[0], input.shape[1 if options.batch_first else 0])
+        first, second = input.shape[:2]
+        batch, steps = (first, second) if options.batch_first else (second, first)
+        why = torch_is_faster(input, cells[0], batch, steps, options.precision)
         if why is not None:
             dispatch.note("gru", "torch", {"cpu": why})
     return why is not None or forced == "torch"
+
+
+def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device):  # entering it costs 5 us
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _by_torch(
@@ -188,7 +228,7 @@ def _by_torch(
         hx = input.new_zeros(len(cells), batch, cells[0][1].shape[1])
     flat = [w for cell in cells for w in cell if w is not None]
     # on a GPU autocast makes float16 of whatever arrives; the module has chosen its dtype
-    with torch.autocast(input.device.type, enabled=False):
+    with outside_autocast(input.device.type):
         return torch.gru(
             input, hx, flat, bias, len(cells) // directions, options.dropout, options.training,
             bidirectional, options.batch_first,
@@ -217,7 +257,7 @@ def _packed_by_torch(
         hx = data.new_zeros(len(cells), int(batch_sizes[0]), cells[0][1].shape[1])
     flat = [w for cell in cells for w in cell if w is not None]
     layers = len(cells) // (2 if bidirectional else 1)
-    with torch.autocast(data.device.type, enabled=False):  # as in `_by_torch`
+    with outside_autocast(data.device.type):  # as in `_by_torch`
         return torch.gru(
             data, batch_sizes, hx, flat, cells[0][2] is not None, layers, options.dropout,
             options.training, bidirectional,

@@ -2,8 +2,11 @@
 
 Contract. Row b reads its prompt and then its own tokens; token i has the Philox draw of (seed, row
 number, first step + i) and ends the row if it is a stop. What a row gets depends neither on the
-rows beside it nor on the number of threads: in the cpu backend every product is a chain of fused
-multiply-adds over k in order, starting from the bias.
+rows beside it nor on the number of threads: in the cpu backend every product is chains of fused
+multiply-adds over k in order. W_hh h is that of the layers' own kernel, input projection and logits
+are those of csrc/matmul, log-probs those of `row_statistics`, all to the bit: so the log-probs are
+those of the training forward wherever that takes the compiled product, of float32 weights; matrices
+in bfloat16 are widened in registers, so they give the log-probs of the widened model.
 
     generation           samples: tokens, log-probs, lengths, state
     generation_logprobs  the log-probs of given tokens, from the same kernel: equal to the bit to

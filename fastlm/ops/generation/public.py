@@ -242,7 +242,9 @@ def generate(
 
     A token depends on (seed, row number, step) and its row alone: neither on the rows beside it nor
     on the number of threads. Log-probs are those of the whole softmax at `temperature`, as `sample`
-    gives them; `generation_logprobs` gives the same ones, to the bit, for tokens that are known.
+    gives them; `generation_logprobs` gives the same ones, to the bit, for tokens that are known. So
+    does the training forward, `nn.EmbeddingGRU` into `linear_token_logprobs`, of a float32 model
+    under `use_backend("cpu")`; see docs/gru.md for when it does by default.
 
     Args:
         model: a `fastlm.nn.GRUDecoder(body, head)`, which runs as one compiled loop (float32, or
@@ -317,9 +319,9 @@ def generation_logprobs(
 
     With a GRUDecoder the same kernel runs as in `generate`, so with equal weights the results are
     equal to the bit to the log-probs it returned: the ratio of an on-policy step is exactly 1.
-    `embedding_gru` with `linear_token_logprobs` computes the same up to rounding, as it leaves
-    products to the library's GEMM, whose sums depend on shapes. Stored for the backward: as with
-    `save_for_backward`.
+    `embedding_gru` with `linear_token_logprobs` gives the same bits under `use_backend("cpu")`, in
+    float32; with the library's products, whose sums depend on shapes, the same up to rounding.
+    Stored for the backward: as with `save_for_backward`.
 
     Args:
         model, prompts, prompt_lengths, temperature: as in `generate`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import extension
+from ... import extension, matmul
 from ...extension import raw
 from .op import Kept, MadeLogprobs
 from .reference import Cell, Weights
@@ -123,7 +123,8 @@ class DecoderWeights:
         if self._packs and self._packed is None and self._steps >= PACK_STEPS:
             self._packed = self._pack()
         if self._packed is not None and self._table is None and 2 * self._tokens >= rows.shape[0]:
+            w_ih, _, b_ih, _ = cells[0]
             self._table = rows.new_empty(rows.shape[0], 3 * self.hidden)
-            raw("generation_project")(self._packed, rows, self._table, self._narrow)
+            matmul.own_into(self._table, rows, w_ih.t(), b_ih)
         flat = [w for cell in cells for w in cell]
         return rows, flat, head_weight, head_bias, self._packed, self._table

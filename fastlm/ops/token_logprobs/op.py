@@ -224,7 +224,9 @@ def linear_token_logprobs(
         token_logprobs(torch.nn.functional.linear(input, linear_weight, linear_bias), target, ...)
 
     with the products of half-precision inputs accumulated in float32. The backward computes the
-    logits again, chunk by chunk, so any function of the results can follow.
+    logits again, chunk by chunk, so any function of the results can follow. In float32 under
+    `use_backend("cpu")`, without a memory budget, a token's log-prob depends on its row alone, to
+    the bit, and is the one that `generate` reports for it.
 
     Args:
         input: [..., H], any float dtype.
