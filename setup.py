@@ -39,6 +39,9 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
+# only for sources that have products of bfloat16 pairs, by a compiler that knows the instruction
+BF16_FLAGS = f"{ISA_FLAGS['avx512']} -mavx512bf16"
+BF16_SOURCES = ("matmul_cpu", "embedding_gru_cpu")
 NVCC_FLAGS = (
     "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --Werror all-warnings "
     "-Xptxas -v,-warn-spills,-warn-lmem-usage"
@@ -177,6 +180,13 @@ def ninja_file(steps):
     return "\n".join([*lines, ""])
 
 
+def compiles(cxx, flags):
+    """Whether the compiler takes these flags."""
+    command = f"{cxx} {flags} -fsyntax-only -x c++ -"
+    run = subprocess.run(command, shell=True, input=b"int main() {}", capture_output=True)
+    return run.returncode == 0
+
+
 def plan(torch, cxx, nvcc, folder, out, warnings):
     """Every compilation, then the link."""
     torch_home = Path(torch.__file__).parent
@@ -201,9 +211,14 @@ def plan(torch, cxx, nvcc, folder, out, warnings):
         link += f" {nvcc.parent.parent}/lib64/libcudart_static.a -ldl -lrt -lpthread"
         add_cuda(add, nvcc)
     x86 = platform.machine() in ("x86_64", "AMD64")
+    bf16 = x86 and compiles(cxx, "-mavx512bf16")
+    if bf16:
+        compiler += " -DFASTLM_AVX512_BF16"
     for source in sorted((ROOT / "csrc").glob("*/*_cpu.cpp")):
         for isa in ISA_FLAGS if x86 else ("base",):
             add(compiler, source, f"-DFASTLM_ISA={isa} {ISA_FLAGS[isa]}", f".{isa}")
+        if bf16 and source.stem in BF16_SOURCES:
+            add(compiler, source, f"-DFASTLM_ISA=avx512_bf16 {BF16_FLAGS}", ".avx512_bf16")
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
         if not source.stem.endswith(("_cpu", "_module")):
             add(compiler, source, knows_torch)

@@ -21,12 +21,12 @@ SHAPES = {
 }
 
 
-def make(name: str) -> Callable[[str], Arguments]:
+def make(name: str, dtype: torch.dtype = torch.float32) -> Callable[[str], Arguments]:
     rows, depth, columns = SHAPES[name]
 
     def build(device: str) -> Arguments:
-        a = torch.randn(rows, depth, device=device)
-        b = torch.randn(depth, columns, device=device)
+        a = torch.randn(rows, depth, device=device).to(dtype)
+        b = torch.randn(depth, columns, device=device).to(dtype)
         # as they stand in memory: weights [columns, depth], gradients [depth, rows]
         if name in ("logits", "projection", "few-rows"):
             b = b.t().contiguous().t()
@@ -41,11 +41,12 @@ def plain(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+# of bfloat16 operands ours comes out in float32, PyTorch's in bfloat16
 CASES = [
     Case(
         op="matmul",
-        name=f"{name}-{rows}x{depth}x{columns}",
-        make=make(name),
+        name=f"{name}-{rows}x{depth}x{columns}{suffix}",
+        make=make(name, dtype),
         ours=matmul.fastest,
         plain=plain,
         needs=("matmul.fastest",),
@@ -55,6 +56,7 @@ CASES = [
         reach=">= 1.0",
         group="matmul",
     )
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16"))
     for name, (rows, depth, columns) in SHAPES.items()
 ]
 

@@ -71,7 +71,7 @@ def raw(name: str) -> Any:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the compiled CPU kernels use here: base, avx2 or avx512."""
+    """What the compiled CPU kernels use here: base, avx2, avx512 or avx512_bf16."""
     return "none" if unavailable else raw("cpu_isa")()
 
 

@@ -10,6 +10,10 @@ element of its result depends on its row and its column alone: not on threads, n
 So under `use_backend("cpu")` it computes every product that could be its own, whatever is faster:
 the results of a training forward are then, to the bit, those of the decoding kernel, which sums in
 the same order.
+
+Where the processor multiplies pairs of bfloat16 (AVX512_BF16), operands that both are bfloat16, or
+are to be rounded to it, are multiplied at twice the rate of float32, and sums are float32 all the
+same. Those instructions take numbers below 2**-126 for 0, as PyTorch's own products there do.
 """
 
 from __future__ import annotations
@@ -40,6 +44,12 @@ def own_runs() -> bool:
     return _forced() or own_is_faster()
 
 
+@functools.lru_cache
+def multiplies_pairs() -> bool:
+    """Whether operands in bfloat16, or rounded to it, are multiplied faster than in float32."""
+    return own_is_faster() and extension.cpu_isa() == "avx512_bf16"
+
+
 # smaller results leave most of a tile empty; a shorter sum is not worth packing for
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_DEPTH = 8, 24, 16
 
@@ -56,12 +66,20 @@ def plain_into(
 
 
 def own_into(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulate: bool = False,
+    round: bool = False,
 ) -> Tensor:
     """As `plain_into`, compiled: out and bias float32, a and b float32 or bfloat16, any strides.
 
-    CPU tensors; the columns of out contiguous; K at least 1; bias not with accumulate."""
-    extension.raw("matmul")(a, b, None if bias is None else bias.contiguous(), accumulate, out)
+    CPU tensors; the columns of out contiguous; K at least 1; bias not with accumulate. With `round`
+    float32 operands count as the nearest bfloat16."""
+    bias = None if bias is None else bias.contiguous()  # the kernel reads it element by element
+    extension.raw("matmul")(a, b, bias, accumulate, out, round)
     return out
 
 
@@ -89,14 +107,34 @@ def into(
     return plain_into(out, a, b, bias, accumulate=accumulate)
 
 
+def into_rounded(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
+    """As `into`; where that is faster, a float32 operand beside one in bfloat16 is rounded."""
+    if a.dtype != b.dtype and multiplies_pairs() and takes_mixed(a if b.dtype == out.dtype else b):
+        if out.dtype == torch.float32 and out.stride(1) == 1 and a.shape[1] > 0:
+            return own_into(out, a, b, bias, accumulate=accumulate, round=True)
+    return into(out, a, b, bias, accumulate=accumulate)
+
+
 def plain(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b + bias."""
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-def fastest(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `plain`, by the faster of the two."""
-    return into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
+def _result(a: Tensor, b: Tensor) -> Tensor:
+    """For sums in float32, or float64 of float64."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+def fastest(a: Tensor, b: Tensor, bias: Tensor | None = None, *, round: bool = False) -> Tensor:
+    """As `plain`, by the faster of the two; with `round`, for which `multiplies_pairs` must hold,
+    of float32 operands rounded to bfloat16."""
+    out = _result(a, b)
+    if round and a.shape[1] > 0:
+        return own_into(out, a, b, bias, round=True)
+    return into(out, a, b, bias)
 
 
 def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -109,12 +147,13 @@ def plain_each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return plain(a, b, bias)[:count]
 
 
-def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `plain_each_row`, by one of the two for all numbers of rows."""
-    own = own_runs() and a.dtype == torch.float32 and a.device.type == "cpu"
+def each_row(a: Tensor, b: Tensor, bias: Tensor | None = None, *, round: bool = False) -> Tensor:
+    """As `plain_each_row`, by one of the two for all numbers of rows; `round` as `fastest`."""
+    out = _result(a, b)
+    own = own_runs() and out.dtype == torch.float32 and a.device.type == "cpu"
     if own and a.shape[1] > 0:
-        return own_into(a.new_empty(a.shape[0], b.shape[1]), a, b, bias)
-    return plain_each_row(a, b, bias)
+        return own_into(out, a, b, bias, round=round)
+    return plain_each_row(a.to(out.dtype), b.to(out.dtype), bias)
 
 
 def _wide_mm(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -242,7 +242,7 @@ def test_batch_does_not_change_a_row() -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
-@pytest.mark.parametrize("isa", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ("base", "avx2", "avx512", "avx512_bf16"))
 def test_every_instruction_set(isa: str) -> None:
     code = (
         "import torch, fastlm, sys; sys.path.insert(0, 'tests')\n"

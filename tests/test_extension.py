@@ -103,7 +103,7 @@ def test_a_library_that_does_not_load_is_a_warning_with_the_reason(package: Path
 
 @built
 def test_the_loaded_library_tells_what_it_is() -> None:
-    assert extension.cpu_isa() in ("base", "avx2", "avx512")
+    assert extension.cpu_isa() in ("base", "avx2", "avx512", "avx512_bf16")
     assert "torch stable ABI" in extension.build_info()
 
 
@@ -124,7 +124,7 @@ print(extension.cpu_isa())
 def test_a_forced_instruction_set_is_used_and_an_unknown_one_is_an_error() -> None:
     result = run([sys.executable, "-c", FORCED], ROOT)
     assert result.stdout.splitlines() == [
-        "FASTLM_CPU_ISA must be base, avx2 or avx512, got sse9",
+        "FASTLM_CPU_ISA must be base, avx2, avx512 or avx512_bf16, got sse9",
         "base",
     ]
 

@@ -376,6 +376,24 @@ def test_other_dtypes(dtype):
         assert ran == ("reference" if dtype == torch.float64 else "cpu")
 
 
+@compiled
+@pytest.mark.parametrize("sizes", [(53, 13, 21, 2), (97, 40, 64, 1)])
+@pytest.mark.parametrize("new", [4, 30])
+def test_matrices_in_bfloat16_are_those_widened_to_the_bit(sizes, new, poisoned):
+    """Read from the parameters, and packed in half the bytes once that pays."""
+    model = Model(*sizes).bfloat16()
+    prompts = [[1, 2], [3], [4, 5, 6], [7], [8]]
+    kept, of_wide = (
+        fastlm.generate(m, prompts, new, save_for_backward=True)
+        for m in (model, double(model).float())
+    )
+    assert torch.equal(kept.tokens, of_wide.tokens)
+    assert torch.equal(kept.logprobs, of_wide.logprobs)
+    decoder = model.decoder()
+    logits = [decoder(torch.tensor([1, 5]))[0] for _ in range(14)]
+    assert all(torch.equal(logits[0], again) for again in logits)
+
+
 def test_layouts_of_prompts():
     model = Model(33, 8, 16)
     ragged = [torch.tensor([1, 2, 3]), torch.tensor([4], dtype=torch.int32), [5, 6]]
@@ -556,7 +574,7 @@ with fastlm.use_backend(sys.argv[1]):
     made.logprobs.sum().backward()
 print(made.tokens.tolist(), [round(float(made.logprobs.sum()), 2)])
 """
-    every = ["base", "avx2", "avx512"]
+    every = ["base", "avx2", "avx512", "avx512_bf16"]
     runnable = every[: every.index(extension.cpu_isa()) + 1]
 
     def run(backend: str, **env: str) -> str:

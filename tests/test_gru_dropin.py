@@ -391,6 +391,41 @@ def test_short_sequences_go_to_torch() -> None:
     assert fastlm.explain("gru", packed, None, big)[0].chosen == cpu
 
 
+@pytest.mark.skipif("cpu" not in fastlm.dispatch.ready("gru"), reason="the extension is not built")
+def test_large_batches_in_bfloat16_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with AVX512_BF16, where PyTorch's own products are of pairs too."""
+    from fastlm import extension, matmul
+
+    matmul.multiplies_pairs()  # remembered of the processor, not of what is put in its place
+
+    def chosen(batch: int, hidden: int, **options: Any) -> str | None:
+        """Of a call without gradient, as `explain` makes it."""
+        w = [p.detach().bfloat16() for p in nn.GRU(4, hidden).parameters()]
+        x = torch.randn(2, batch, 4).bfloat16()
+        return fastlm.explain("gru", x, None, w, **options)[0].chosen
+
+    def is_torchs(batch: int, hidden: int, steps: int = 2) -> bool:
+        """Of a call with one."""
+        taken = []
+        with monkeypatch.context() as patch:
+            patch.setattr(fastlm.dispatch, "note", lambda op, name, why: taken.append(name))
+            module = fastlm.nn.GRU(4, hidden, dtype=torch.bfloat16)
+            module(torch.randn(steps, batch, 4).bfloat16())[0].float().sum().backward()
+        return taken == ["torch"]
+
+    monkeypatch.setattr(extension, "cpu_isa", lambda: "avx512")
+    assert chosen(64, 1024) == "cpu" and not is_torchs(64, 512)
+    monkeypatch.setattr(extension, "cpu_isa", lambda: "avx512_bf16")
+    assert is_torchs(64, 512) and is_torchs(128, 256) and is_torchs(64, 128, steps=512)
+    assert not is_torchs(64, 496) and not is_torchs(63, 600) and not is_torchs(512, 64)
+    assert chosen(64, 1024) == "torch" and chosen(64, 512) == "cpu"
+    assert chosen(64, 1024, precision="ieee") == chosen(64, 1024, precision="bf16") == "cpu"
+    assert chosen(64, 1024, save="hidden") == "cpu"
+    assert chosen(64, 1024, reset=torch.zeros(2, 64)) == "cpu"
+    with fastlm.use_backend("cpu"):
+        assert chosen(64, 1024) == "cpu"
+
+
 def test_sizes_beyond_2_31() -> None:
     """Shapes of a call whose gates have more than 2^31 values, and positions beyond it."""
     from torch._subclasses.fake_tensor import FakeTensorMode

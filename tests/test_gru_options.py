@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 import fastlm
-from fastlm import dispatch, philox, testing
+from fastlm import dispatch, matmul, philox, testing
 from fastlm.dispatch import ready
-from fastlm.ops.embedding_gru import differentiable
+from fastlm.ops.embedding_gru import cpu_kernels, differentiable, reference
 
 BACKENDS = dispatch.ready("gru")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -88,6 +88,92 @@ def test_bf16_rounds_the_operands_of_the_backward(backend: str) -> None:
     for grad, operand in zip(grads, (x, hx), strict=True):
         factor = grad / operand.view(1, -1).bfloat16().float()
         torch.testing.assert_close(factor, factor.bfloat16().float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("hidden", (5, 21, 48, 160))
+def test_weights_in_bfloat16_are_those_widened(hidden: int, poisoned: None) -> None:
+    """The compiled recurrence packs them in half the bytes; the bits of its results stay."""
+    batch, steps = 11, 6
+    table, b_hh = torch.randn(batch * steps, 3 * hidden), torch.randn(3 * hidden)
+    w_hh = (torch.randn(3 * hidden, hidden) * hidden**-0.5).bfloat16()
+    h0, dh_n = torch.randn(batch, hidden), torch.randn(batch, hidden)
+    dout = torch.randn(batch * steps, hidden)
+    results = []
+    for w in (w_hh, w_hh.float()):
+        out, h_n, gates = cpu_kernels.forward(table, None, None, w, b_hh, h0, batch, True, False)
+        args = (dout, dh_n, None, len(table), None, w, h0, out, gates, batch, True, False)
+        results.append((out, h_n, gates, *cpu_kernels.backward(*args)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("hidden", (5, 21, 48))
+def test_pairs_are_products_of_the_rounded(hidden: int, poisoned: None) -> None:
+    """Of packed pairs the kernel takes the products that the reference takes, to float32."""
+    batch, steps = 13, 4
+    table, b_hh = torch.randn(batch * steps, 3 * hidden), torch.randn(3 * hidden)
+    w_hh = (torch.randn(3 * hidden, hidden) * hidden**-0.5).bfloat16()
+    h0, dh_n = torch.randn(batch, hidden), torch.randn(batch, hidden)
+    dout, dims = torch.randn(batch * steps, hidden), (batch, True, False, True)
+    got = cpu_kernels.forward(table, None, None, w_hh, b_hh, h0, *dims)
+    want = reference.forward(table, None, None, w_hh.float(), b_hh, h0, *dims)
+    torch.testing.assert_close(got[2][::steps], want[2][::steps], rtol=1e-5, atol=1e-5)
+    # a state on the edge between two bfloat16 values may round either way
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=2**-9)
+    saved = (h0, want[0], want[2], *dims)
+    found = cpu_kernels.backward(dout, dh_n, None, len(table), None, w_hh, *saved)
+    known = reference.backward(dout, dh_n, None, len(table), None, w_hh.float(), *saved)
+    for a, b in zip(found, known, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2**-6)
+    last = torch.arange(batch) * steps + steps - 1
+    torch.testing.assert_close(found[1][last], known[1][last], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+def test_auto_is_bf16_for_weights_in_bfloat16_where_that_is_faster() -> None:
+    x, hx = torch.randn(30, 5, 16).bfloat16(), torch.randn(1, 5, 48).bfloat16()
+    w = [value.bfloat16() for value in weights(16, 48)]
+    with dispatch.use_backend("cpu"):
+        auto, ieee, bf16 = (
+            fastlm.gru(x, hx, w, precision=precision)[0] for precision in ("auto", "ieee", "bf16")
+        )
+        assert torch.equal(auto, bf16 if matmul.multiplies_pairs() else ieee)
+        assert not torch.equal(ieee, bf16)
+        wide = [value.float() for value in w]
+        same = (fastlm.gru(x.float(), hx.float(), wide, precision=p)[0] for p in ("auto", "ieee"))
+        assert torch.equal(*same)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("precision", ("auto", "ieee", "bf16"))
+def test_bfloat16_weights_keep_a_row_and_a_sequence_alone(precision: str) -> None:
+    w = [value.bfloat16() for value in weights(16, 70)]
+    rows = [torch.randn(n, 16).bfloat16() for n in (9, 2, 5, 5, 1, 7, 3, 8, 6)]
+    with dispatch.use_backend("cpu"):
+        packed = rnn.pack_sequence(rows, enforce_sorted=False)
+        together, h_n = fastlm.gru(packed, None, w, precision=precision)
+        outputs, _ = rnn.pad_packed_sequence(together)
+        threads = torch.get_num_threads()
+        for number, row in enumerate(rows):
+            torch.set_num_threads(1 + number % 3)
+            alone, last = fastlm.gru(row[:, None], None, w, precision=precision)
+            assert torch.equal(outputs[: len(row), number], alone[:, 0])
+            assert torch.equal(h_n[:, number], last[:, 0])
+        torch.set_num_threads(threads)
+
+
+@every_backend
+@pytest.mark.parametrize("precision", ("auto", "ieee", "bf16"))
+def test_bfloat16_weights_are_as_accurate_as_plain(backend: str, precision: str) -> None:
+    args = [torch.randn(7, 3, 12), torch.randn(1, 3, 33), *weights(12, 33)]
+    with dispatch.use_backend(backend):
+        testing.check(
+            lambda x, hx, *w: fastlm.gru(x, hx, w, precision=precision),
+            plain_gru,
+            [value.bfloat16() for value in args],
+        )
 
 
 def test_bf16_backends_agree() -> None:

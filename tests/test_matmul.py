@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -53,8 +58,73 @@ def test_broadcast_operands():
         torch.testing.assert_close(out, a.contiguous() @ b.contiguous() + bias)
 
 
-def test_an_element_depends_on_its_row_and_column_alone():
-    a, b = torch.randn(200, 300), torch.randn(300, 1100)
+PAIRS = """
+import torch
+from fastlm import extension, matmul, testing
+from test_matmul import RANGES, SHAPES, operand
+assert extension.cpu_isa() == "{isa}"
+torch.manual_seed(0)
+for rows, depth, columns in [*SHAPES, (70, 531, 90), (33, 1024, 40)]:
+    for scale_a, scale_b in RANGES:
+        # PyTorch takes denormal numbers for 0 in products of more
+        if scale_a < 1 and rows * depth * columns <= 16**3:
+            continue
+        for layout in ("contiguous", "transposed", "sliced"):
+            a = operand(rows, depth, layout, torch.float32) * scale_a
+            b = operand(depth, columns, layout, torch.float32) * scale_b
+            exact = a.bfloat16(), b.bfloat16()
+            want = exact[0].double() @ exact[1].double()
+            plain = testing.error((exact[0] @ exact[1]).double(), want)
+            got = matmul.own_into(torch.empty(rows, columns), *exact)
+            floor = testing.FLOOR_EPS * torch.finfo(torch.float32).eps * float(want.abs().max())
+            error = testing.error(got.double(), want)
+            assert error <= 2 * plain + floor, (rows, depth, columns, scale_a, layout, error, plain)
+            # an operand that is rounded while it is packed, and one that was rounded before
+            for pair in ((a, exact[1]), (exact[0], b), (a, b)):
+                same = matmul.own_into(torch.empty(rows, columns), *pair, round=True)
+                assert torch.equal(same, got)
+"""
+
+# of the operands: ordinary; sums near the largest float32; a denormal operand; denormal results
+RANGES = [(1.0, 1.0), (1e18, 1e18), (1e-39, 1e30), (1e-20, 1e-20)]
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])
+def test_products_of_bfloat16_on_every_instruction_set(isa):
+    folder = Path(__file__).parent
+    env = os.environ | {"FASTLM_CPU_ISA": isa, "PYTHONPATH": f"{folder.parent}:{folder}"}
+    command = [sys.executable, "-c", PAIRS.replace("{isa}", isa)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if "does not have it" in done.stderr:
+        pytest.skip(f"no {isa} on this processor, or in this build")
+    assert done.returncode == 0, done.stderr
+
+
+def test_rounding_follows_the_nearest_bfloat16():
+    """Halfway cases, infinities and NaN, by the packing of either operand."""
+    halfway = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 3.3895314e38, -float("inf"), 0.0])
+    values = torch.cat((halfway, torch.tensor([float("nan"), 1.00001]), torch.randn(60)))
+    identity = torch.eye(len(values))
+    for a, b in ((identity * values.nan_to_num(), identity), (identity, values.repeat(67, 1))):
+        got = matmul.own_into(torch.empty(67, 67), a, b, round=True)
+        want = a.bfloat16().float() @ b.bfloat16().float()
+        assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+
+
+def test_mixed_operands_are_rounded_where_that_is_faster(monkeypatch):
+    a, b = torch.randn(40, 30), torch.randn(30, 50).bfloat16()
+    for pairs in (False, True):
+        monkeypatch.setattr(matmul, "own_is_faster", lambda: True)
+        monkeypatch.setattr(matmul, "multiplies_pairs", lambda pairs=pairs: pairs)
+        got = matmul.into_rounded(torch.empty(40, 50), a, b)
+        assert torch.equal(got, matmul.own_into(torch.empty(40, 50), a, b, round=pairs))
+        got = matmul.into_rounded(torch.empty(40, 50), a, b.float())
+        assert torch.equal(got, matmul.own_into(torch.empty(40, 50), a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_element_depends_on_its_row_and_column_alone(dtype):
+    a, b = torch.randn(200, 300).to(dtype), torch.randn(300, 1100).to(dtype)
     whole = matmul.own_into(torch.empty(200, 1100), a, b)
     threads = torch.get_num_threads()
     try:

@@ -107,6 +107,22 @@ def test_equal_by_default_where_the_compiled_product_is_faster(shape, batch):
     assert torch.equal(forward_logprobs(model, run, 1.0), run.made.logprobs)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (401, 300, 257, 2, True)], ids=str)
+@pytest.mark.parametrize("batch", [1, 17])
+def test_bfloat16_weights_give_the_forward_of_the_widened_model(shape, batch):
+    """Before and after the decoder has packed them and projected the vocabulary."""
+    model = Model(*shape).eval().bfloat16()
+    wide = Model(*shape).eval()
+    wide.load_state_dict(model.state_dict())
+    prompts = torch.randint(shape[0], (batch, 3))
+    for new in (1, 25):
+        with fastlm.use_backend("cpu"):
+            run = rollout(model, prompts, new, temperature=0.8)
+            assert torch.equal(forward_logprobs(wide, run, 0.8), run.made.logprobs)
+            scored = fastlm.generation_logprobs(model, prompts, run.made.tokens, temperature=0.8)
+            assert torch.equal(scored, run.made.logprobs)
+
+
 def test_every_loss_sees_a_ratio_of_one():
     """The forward of linear_policy_loss, linear_cross_entropy and policy_loss, with gradients."""
     model = Model(301, 16, 50, 2, True)
@@ -172,7 +188,7 @@ with fastlm.use_backend("cpu"):
             seen.append(run.made.logprobs)
 print(fastlm.extension.cpu_isa())
 """
-    every = ["base", "avx2", "avx512"]
+    every = ["base", "avx2", "avx512", "avx512_bf16"]
     here = os.path.dirname(__file__)
     for isa in every[: every.index(extension.cpu_isa()) + 1]:
         env = os.environ | {"FASTLM_CPU_ISA": isa}

@@ -285,7 +285,7 @@ with fastlm.use_backend(sys.argv[1]):
     u, q = fastlm.sample(x.bfloat16())
 print(t.tolist(), u.tolist())
 """
-    every = ["base", "avx2", "avx512"]
+    every = ["base", "avx2", "avx512", "avx512_bf16"]
     # set by hand, or the best this processor has: those above it cannot run
     runnable = every[: every.index(extension.cpu_isa()) + 1]
 

@@ -7,31 +7,44 @@
 namespace fastlm {
 namespace {
 
+constexpr Isa kAll[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::base};
+
+#if defined(FASTLM_AVX512_BF16)
+constexpr bool kKnowsBf16 = true;
+#else
+constexpr bool kKnowsBf16 = false;
+#endif
+
 bool has(Isa isa) {
+  if (isa == Isa::base) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return isa == Isa::base || (isa == Isa::avx2 && avx2) || (isa == Isa::avx512 && avx512);
+  bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa >= Isa::avx512)
+    found = found && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(FASTLM_AVX512_BF16)
+  if (isa == Isa::avx512_bf16) found = found && __builtin_cpu_supports("avx512bf16");
+#endif
+  return found && (isa != Isa::avx512_bf16 || kKnowsBf16);
 #else
-  return isa == Isa::base;
+  return false;
 #endif
 }
 
 Isa choose() {
   const char* forced = std::getenv("FASTLM_CPU_ISA");
-  if (forced == nullptr || *forced == 0) {
-    return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::base;
-  }
-  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
-    if (std::string(forced) != isa_name(isa)) continue;
+  const bool free = forced == nullptr || *forced == 0;
+  for (Isa isa : kAll) {
+    if (!free && std::string(forced) != isa_name(isa)) continue;
     if (has(isa)) return isa;
-    throw std::runtime_error(std::string("FASTLM_CPU_ISA=") + forced +
-                             ": this processor does not have it");
+    if (free) continue;
+    const char* lacks = isa == Isa::avx512_bf16 && !kKnowsBf16 ? "build" : "processor";
+    throw std::runtime_error(std::string("FASTLM_CPU_ISA=") + forced + ": this " + lacks +
+                             " does not have it");
   }
-  throw std::runtime_error(std::string("FASTLM_CPU_ISA must be base, avx2 or avx512, got ") +
-                           forced);
+  throw std::runtime_error(
+      std::string("FASTLM_CPU_ISA must be base, avx2, avx512 or avx512_bf16, got ") + forced);
 }
 
 }  // namespace
@@ -42,7 +55,10 @@ Isa current_isa() {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base";
+  return isa == Isa::avx512_bf16 ? "avx512_bf16"
+         : isa == Isa::avx512    ? "avx512"
+         : isa == Isa::avx2      ? "avx2"
+                                 : "base";
 }
 
 }  // namespace fastlm

@@ -8,7 +8,7 @@
 //
 // Token (b, t) stands at n = b * batch_stride + t * step_stride in every per-token array, or where
 // `rows` and `offsets` say, so one kernel serves batch-first, time-first and packed layouts. All
-// arrays are contiguous float32.
+// arrays are contiguous, and of float32 where nothing else is said.
 #pragma once
 
 #include <cstdint>
@@ -40,12 +40,13 @@ struct GruForward {
   const float* table;    // [rows, 3H]
   const int64_t* index;  // [N] row of each token, or null: token n has row n
   const uint8_t* reset;  // [N] or null: 1 starts this token from a zero state
-  const float* w_hh;     // [3H, H]
+  const void* w_hh;      // [3H, H] of float, or of bfloat16
   const float* b_hh;     // [3H] or null
   const float* h0;       // [B, H] or null: zeros
   float* out;            // [N, H]
   float* h_n;            // [B, H]
   float* gates;          // [N, 4H]: r, z, n, a; or null when no backward follows
+  bool bfloat16;         // w_hh is
   bool round;            // operands of the recurrent product rounded to bfloat16
   float* workspace;      // gru_forward_workspace floats, 64-byte aligned
 };
@@ -54,7 +55,7 @@ struct GruBackward {
   GruShape shape;
   const int64_t* index;  // as in the forward
   const uint8_t* reset;  // as in the forward
-  const float* w_hh;     // [3H, H]
+  const void* w_hh;      // [3H, H] of float, or of bfloat16
   const float* h0;       // [B, H] or null
   const float* out;      // [N, H]
   const float* gates;    // [N, 4H]
@@ -64,7 +65,7 @@ struct GruBackward {
   float* dtable;         // [rows, 3H], with `index` zeroed by the caller: dr, dz, dn
   float* dh0;            // [B, H]
   float* dbias;          // [2, 3H]: of b_ih, of b_hh
-  bool round;            // as in the forward
+  bool bfloat16, round;  // as in the forward
   float* workspace;      // gru_backward_workspace floats, 64-byte aligned
 };
 
@@ -73,7 +74,7 @@ int64_t gru_backward_workspace(const GruShape& shape);
 // how many threads are worth their barriers
 int gru_threads(const GruShape& shape, int available);
 
-FASTLM_PER_ISA(void, gru_forward, (const GruForward& args, Team& team, int rank))
-FASTLM_PER_ISA(void, gru_backward, (const GruBackward& args, Team& team, int rank))
+FASTLM_PER_ISA_BF16(void, gru_forward, (const GruForward& args, Team& team, int rank))
+FASTLM_PER_ISA_BF16(void, gru_backward, (const GruBackward& args, Team& team, int rank))
 
 }  // namespace fastlm

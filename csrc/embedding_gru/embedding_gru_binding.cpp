@@ -68,7 +68,8 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.table = floats(table);
   args.index = static_cast<const int64_t*>(in(index));
   args.reset = static_cast<const uint8_t*>(in(reset));
-  args.w_hh = floats(w_hh);
+  args.w_hh = in(w_hh);
+  args.bfloat16 = is_bfloat16(w_hh);
   args.b_hh = floats(b_hh);
   args.h0 = floats(h0);
   args.out = floats_out(output);
@@ -77,7 +78,7 @@ void gru_forward_cpu(const Tensor& table, const std::optional<Tensor>& index,
   args.round = round;
   Workspace workspace = allocate(gru_forward_workspace(args.shape));
   args.workspace = workspace.get();
-  auto kernel = FASTLM_PICK(gru_forward);
+  auto kernel = FASTLM_PICK_BF16(gru_forward);
   parallel_team(gru_threads(args.shape, int(torch::stable::get_num_threads())),
                 [&](Team& team, int rank) { kernel(args, team, rank); });
 }
@@ -93,7 +94,8 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
   args.shape = shape_of(batch, output.size(0), hidden, batch_first, reverse, plan);
   args.index = static_cast<const int64_t*>(in(index));
   args.reset = static_cast<const uint8_t*>(in(reset));
-  args.w_hh = floats(w_hh);
+  args.w_hh = in(w_hh);
+  args.bfloat16 = is_bfloat16(w_hh);
   args.h0 = floats(h0);
   args.out = floats(output);
   args.gates = floats(gates);
@@ -106,7 +108,7 @@ void gru_backward_cpu(const std::optional<Tensor>& doutput, const std::optional<
   args.round = round;
   Workspace workspace = allocate(gru_backward_workspace(args.shape));
   args.workspace = workspace.get();
-  auto kernel = FASTLM_PICK(gru_backward);
+  auto kernel = FASTLM_PICK_BF16(gru_backward);
   parallel_team(gru_threads(args.shape, int(torch::stable::get_num_threads())),
                 [&](Team& team, int rank) { kernel(args, team, rank); });
 }

@@ -4,10 +4,10 @@
 // A tile is kRows batch rows by a few vectors of columns, held in registers over the whole sum.
 // Every output element is one chain of fused multiply-adds over k in order, whatever tile it falls
 // into, so the result depends neither on the number of threads nor on the batch around a row.
-#include "common/vec.h"
 #include "embedding_gru/embedding_gru.h"
 #include "embedding_gru/embedding_gru_sequence.h"
 #include "embedding_gru/embedding_gru_step.h"
+#include "embedding_gru/embedding_gru_words.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -21,10 +21,18 @@ constexpr int kBiasSums = 2 * kGates;
 constexpr int64_t kBiasTokens = 32;
 
 // w [3H, H] -> per vector of columns: 3 bias vectors, then [k][gate][lane]; columns past H are 0
-void pack_forward(const float* w, const float* bias, int64_t hidden, bool round, Range own,
-                  float* packed) {
+template <Operands K>
+void pack_forward(const GruForward& a, Range own, float* packed) {
+  const int64_t hidden = a.shape.hidden;
   for (int64_t v = own.begin; v < own.end; ++v) {
-    pack_panel(w, bias, hidden, gate_columns(hidden, v), packed + v * panel_size(hidden), round);
+    float* panel = packed + v * panel_size_of<K>(hidden);
+    if constexpr (K == Operands::floats) {
+      pack_panel(static_cast<const float*>(a.w_hh), a.b_hh, hidden, gate_columns(hidden, v), panel,
+                 a.round);
+    } else {
+      pack_panel_words(static_cast<const BFloat16*>(a.w_hh), a.b_hh, hidden,
+                       gate_columns(hidden, v), panel);
+    }
   }
 }
 
@@ -49,18 +57,17 @@ FASTLM_INLINE ForwardBuffers forward_buffers(const GruForward& a) {
 }
 
 // what the next step of sequence b starts from
+template <Operands K>
 FASTLM_INLINE void put_state(const ForwardBuffers& buffers, int64_t parity, int64_t b,
                              int64_t column, Vec h) {
-  const int64_t at = b * buffers.state_stride + column;
-  if (buffers.exact) {
-    store(buffers.exact + at, h);
-    h = nearest_bfloat16(h);
-  }
-  store(buffers.state[parity & 1] + at, h);
+  const int64_t row = b * buffers.state_stride;
+  if (buffers.exact) store(buffers.exact + row + column, h);
+  // whole vectors: past H the state is 0
+  store_operand<K>(buffers.state[parity & 1] + row, column, column + kLanes, buffers.exact, h);
 }
 
 // one step of Rows sequences and one vector of hidden units
-template <int Rows>
+template <Operands K, int Rows>
 void forward_tile(const GruForward& a, const ForwardBuffers& buffers, int64_t step, int64_t row,
                   int64_t vector) {
   const GruShape& s = a.shape;
@@ -72,7 +79,8 @@ void forward_tile(const GruForward& a, const ForwardBuffers& buffers, int64_t st
   const float* exact = buffers.exact ? buffers.exact + row * stride : h;
 
   Vec sum[Rows][kGates];
-  multiply_panel<Rows>(h, stride, buffers.packed + vector * panel_size(hidden), hidden, sum);
+  multiply_panel_of<K, Rows>(h, stride, buffers.packed + vector * panel_size_of<K>(hidden), hidden,
+                             sum);
 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
@@ -89,7 +97,7 @@ void forward_tile(const GruForward& a, const ForwardBuffers& buffers, int64_t st
     } else {
       // nothing is passed on to a token that begins a document
       bool starts = a.reset && a.reset[token(s, row + i, s.reverse ? t - 1 : t + 1)];
-      put_state(buffers, step + 1, row + i, column, starts ? Vec{} : out);
+      put_state<K>(buffers, step + 1, row + i, column, starts ? Vec{} : out);
     }
   }
 }
@@ -109,27 +117,44 @@ FASTLM_INLINE void for_row_tiles(int64_t batch, const Tile& tile) {
   if (batch - row == 1) tile.template run<1>(row);
 }
 
+template <Operands K>
 struct ForwardTile {
   const GruForward& args;
   const ForwardBuffers& buffers;
   int64_t step, vector;
   template <int Rows>
   void run(int64_t row) const {
-    forward_tile<Rows>(args, buffers, step, row, vector);
+    forward_tile<K, Rows>(args, buffers, step, row, vector);
   }
 };
 
 // w [3H, H] -> per vector of columns [k < 3H][lane], the vectors of one panel side by side
-template <int Width>
-void pack_backward(const float* w, int64_t hidden, bool round, int64_t vector, float* packed) {
-  float* panel = packed + vector * kLanes * kGates * hidden;
-  for (int64_t k = 0; k < kGates * hidden; ++k) {
+template <Operands K, int Width>
+void pack_backward(const GruBackward& a, int64_t vector, float* panel) {
+  const int64_t hidden = a.shape.hidden, depth = kGates * hidden;
+  const int64_t count = K == Operands::floats ? depth : words_of(depth);
+  for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) {
-      Vec row = load_columns(w + k * hidden, (vector + v) * kLanes, hidden);
-      store(panel + (k * Width + v) * kLanes, round ? nearest_bfloat16(row) : row);
+      const int64_t column = (vector + v) * kLanes;
+      Vec row;
+      if constexpr (K == Operands::floats) {
+        row = load_columns(static_cast<const float*>(a.w_hh) + k * hidden, column, hidden);
+        if (a.round) row = nearest_bfloat16(row);
+      } else {
+        const BFloat16* low = static_cast<const BFloat16*>(a.w_hh) + 2 * k * hidden;
+        row = words(load_columns(low, column, hidden),
+                    2 * k + 1 < depth ? load_columns(low + hidden, column, hidden) : Vec{});
+      }
+      store(panel + (k * Width + v) * kLanes, row);
     }
   }
+}
+
+// floats of one vector of columns
+template <Operands K>
+FASTLM_INLINE int64_t backward_panel(int64_t hidden) {
+  return kLanes * (K == Operands::floats ? kGates * hidden : words_of(kGates * hidden));
 }
 
 struct BackwardBuffers {
@@ -157,6 +182,7 @@ FASTLM_INLINE BackwardBuffers backward_buffers(const GruShape& s, float* workspa
 }
 
 // gradients of the gates of one token, and what reaches the state directly through z
+template <Operands K>
 void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_t step, int64_t b,
                     Range own) {
   const GruShape& s = a.shape;
@@ -184,9 +210,9 @@ void gate_gradients(const GruBackward& a, const BackwardBuffers& buffers, int64_
     Vec dr = dn * hn * r * (1.f - r);
     Vec dnr = dn * r;
     store(carry + j, d * z);
-    store_columns(scratch, j, hidden, a.round ? nearest_bfloat16(dr) : dr);
-    store_columns(scratch + hidden, j, hidden, a.round ? nearest_bfloat16(dz) : dz);
-    store_columns(scratch + 2 * hidden, j, hidden, a.round ? nearest_bfloat16(dnr) : dnr);
+    store_operand<K>(scratch, j, hidden, a.round, dr);
+    store_operand<K>(scratch, j + hidden, hidden + hidden, a.round, dz);
+    store_operand<K>(scratch, j + 2 * hidden, hidden + 2 * hidden, a.round, dnr);
     store_columns(dgates, j, hidden, dr);
     store_columns(dgates + hidden, j, hidden, dz);
     store_columns(dgates + 2 * hidden, j, hidden, dnr);
@@ -222,7 +248,7 @@ void add_bias(const GruBackward& a, const BackwardBuffers& buffers, Range own) {
 }
 
 // carry[rows][columns] += dgate[rows][3H] W_hh[3H][columns]
-template <int Width>
+template <Operands K, int Width>
 struct BackwardTile {
   const GruBackward& args;
   const BackwardBuffers& buffers;
@@ -233,9 +259,9 @@ struct BackwardTile {
     const GruShape& s = args.shape;
     const int64_t t = s.reverse ? s.steps - 1 - step : step;
     Vec sum[Rows][Width] = {};
-    multiply<Rows, Width>(buffers.dgate[step & 1] + row * buffers.gate_stride, buffers.gate_stride,
-                          buffers.packed + vector * kLanes * kGates * s.hidden, kGates * s.hidden,
-                          sum);
+    multiply_of<K, Rows, Width>(
+        buffers.dgate[step & 1] + row * buffers.gate_stride, buffers.gate_stride,
+        buffers.packed + vector * backward_panel<K>(s.hidden), kGates * s.hidden, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* carry = buffers.carry + (row + i) * buffers.state_stride + vector * kLanes;
@@ -249,34 +275,41 @@ struct BackwardTile {
   }
 };
 
-template <template <int> class Action, typename... Args>
-FASTLM_INLINE void for_panels(Range own, const Args&... args) {
+// action.run<Width>(vector) for the panels of a range
+template <typename Action>
+FASTLM_INLINE void for_panels(Range own, const Action& action) {
   int64_t v = own.begin;
-  for (; v + kVectors <= own.end; v += kVectors) Action<kVectors>::run(v, args...);
-  if (own.end - v == 2) Action<2>::run(v, args...);
-  if (own.end - v == 1) Action<1>::run(v, args...);
+  for (; v + kVectors <= own.end; v += kVectors) action.template run<kVectors>(v);
+  if (own.end - v == 2) action.template run<2>(v);
+  if (own.end - v == 1) action.template run<1>(v);
 }
 
-template <int Width>
+template <Operands K>
 struct PackPanel {
-  static void run(int64_t vector, const GruBackward& args, const BackwardBuffers& buffers) {
-    pack_backward<Width>(args.w_hh, args.shape.hidden, args.round, vector, buffers.packed);
+  const GruBackward& args;
+  const BackwardBuffers& buffers;
+  template <int Width>
+  void run(int64_t vector) const {
+    pack_backward<K, Width>(args, vector,
+                            buffers.packed + vector * backward_panel<K>(args.shape.hidden));
   }
 };
 
-template <int Width>
+template <Operands K>
 struct MultiplyPanel {
-  static void run(int64_t vector, const GruBackward& args, const BackwardBuffers& buffers,
-                  int64_t step) {
+  const GruBackward& args;
+  const BackwardBuffers& buffers;
+  int64_t step;
+  template <int Width>
+  void run(int64_t vector) const {
     const GruShape& s = args.shape;
     const int64_t t = s.reverse ? s.steps - 1 - step : step;
-    for_row_tiles(active(s, t), BackwardTile<Width>{args, buffers, step, vector});
+    for_row_tiles(active(s, t), BackwardTile<K, Width>{args, buffers, step, vector});
   }
 };
 
-}  // namespace
-
 // the state every sequence starts from, where its first step will look for it
+template <Operands K>
 void start_states(const GruForward& a, const ForwardBuffers& buffers, Range own) {
   const GruShape& s = a.shape;
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -286,36 +319,44 @@ void start_states(const GruForward& a, const ForwardBuffers& buffers, Range own)
     for (int64_t v = own.begin; v < own.end; ++v) {
       const int64_t column = v * kLanes;
       Vec h = a.h0 && !starts ? load_columns(a.h0 + b * s.hidden, column, s.hidden) : Vec{};
-      put_state(buffers, s.reverse ? s.steps - 1 - first : first, b, column, h);
+      put_state<K>(buffers, s.reverse ? s.steps - 1 - first : first, b, column, h);
       if (empty) store_columns(a.h_n + b * s.hidden, column, s.hidden, h);
     }
   }
 }
 
-void gru_forward(const GruForward& a, Team& team, int rank) {
+template <Operands K>
+void run_forward(const GruForward& a, Team& team, int rank) {
   const GruShape& s = a.shape;
   const ForwardBuffers buffers = forward_buffers(a);
   const Range own = share(vectors(s.hidden), rank, team.size());
   int round = 0;
-  pack_forward(a.w_hh, a.b_hh, s.hidden, a.round, own, a.workspace);
-  start_states(a, buffers, own);
+  pack_forward<K>(a, own, a.workspace);
+  start_states<K>(a, buffers, own);
   for (int64_t step = 0; step < s.steps; ++step) {
     // the state is double-buffered: who is past this barrier writes what nobody reads any more
     team.barrier(&round);
     const int64_t rows = active(s, s.reverse ? s.steps - 1 - step : step);
     for (int64_t v = own.begin; v < own.end; ++v) {
-      for_row_tiles(rows, ForwardTile{a, buffers, step, v});
+      for_row_tiles(rows, ForwardTile<K>{a, buffers, step, v});
     }
   }
 }
 
-void gru_backward(const GruBackward& a, Team& team, int rank) {
+template <Operands K>
+void run_backward(const GruBackward& a, Team& team, int rank) {
   const GruShape& s = a.shape;
   const int64_t hidden = s.hidden;
   const BackwardBuffers buffers = backward_buffers(s, a.workspace);
   const Range own = share(vectors(hidden), rank, team.size());
   int round = 0;
-  for_panels<PackPanel>(own, a, buffers);
+  for_panels(own, PackPanel<K>{a, buffers});
+  if (K == Operands::words && rank == 0) {
+    // the half of the last word that has no value, where there is one
+    for (int64_t i = 0; i < 2 * s.batch; ++i)
+      reinterpret_cast<BFloat16*>(buffers.dgate[0] +
+                                  i * buffers.gate_stride)[kGates * hidden] = {0};
+  }
   for (int64_t v = own.begin; v < own.end; ++v) {
     for (int64_t b = 0; b < s.batch; ++b) {
       Vec d = a.dh_n ? load_columns(a.dh_n + b * hidden, v * kLanes, hidden) : Vec{};
@@ -330,11 +371,11 @@ void gru_backward(const GruBackward& a, Team& team, int rank) {
   const int64_t every = kBiasTokens > s.batch ? (kBiasTokens + s.batch - 1) / s.batch : 1;
   for (int64_t step = s.steps - 1; step >= 0; --step) {
     const int64_t rows = active(s, s.reverse ? s.steps - 1 - step : step);
-    for (int64_t b = 0; b < rows; ++b) gate_gradients(a, buffers, step, b, own);
+    for (int64_t b = 0; b < rows; ++b) gate_gradients<K>(a, buffers, step, b, own);
     if (step % every == 0) add_bias(a, buffers, own);
     // every column of this step's gate gradients is needed; they are double-buffered as well
     team.barrier(&round);
-    for_panels<MultiplyPanel>(own, a, buffers, step);
+    for_panels(own, MultiplyPanel<K>{a, buffers, step});
   }
   for (int64_t b = 0; b < s.batch; ++b) {
     for (int64_t v = own.begin; v < own.end; ++v) {
@@ -342,6 +383,20 @@ void gru_backward(const GruBackward& a, Team& team, int rank) {
                     load(buffers.carry + b * buffers.state_stride + v * kLanes));
     }
   }
+}
+
+}  // namespace
+
+void gru_forward(const GruForward& a, Team& team, int rank) {
+  !a.bfloat16 ? run_forward<Operands::floats>(a, team, rank)
+  : a.round   ? run_forward<kRounded>(a, team, rank)
+              : run_forward<Operands::widened>(a, team, rank);
+}
+
+void gru_backward(const GruBackward& a, Team& team, int rank) {
+  !a.bfloat16 ? run_backward<Operands::floats>(a, team, rank)
+  : a.round   ? run_backward<kRounded>(a, team, rank)
+              : run_backward<Operands::widened>(a, team, rank);
 }
 
 }  // namespace FASTLM_ISA

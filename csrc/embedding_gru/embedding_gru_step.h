@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "common/vec.h"
+#include "common/bfloat16.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -86,13 +86,6 @@ FASTLM_INLINE PanelColumns class_columns(int64_t classes, int64_t panel) {
 
 // floats of a panel: its bias, then [k][3][lane]
 FASTLM_INLINE int64_t panel_size(int64_t depth) { return kGates * kLanes * (depth + 1); }
-
-// the nearest bfloat16; a NaN stays a NaN
-FASTLM_INLINE Vec nearest_bfloat16(Vec x) {
-  VecBits u = (VecBits)x;
-  Vec near = (Vec)((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u);
-  return x != x ? x : near;
-}
 
 // w [*, depth], rounded to bfloat16 if asked for, bias [*] or null; lanes without a column are 0
 FASTLM_INLINE void pack_panel(const float* w, const float* bias, int64_t depth,

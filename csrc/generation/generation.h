@@ -22,8 +22,11 @@ struct DecoderShape {
 // Where packed, all matrices stand in one array, in panels of embedding_gru_step.h, each padded for
 // the widest vectors: w_ih and w_hh of every layer, then the head. Where not, each thread packs a
 // panel when it comes to it, which pays when few steps follow.
+// Matrices are of float, or packed as words of two bfloat16 (embedding_gru_words.h); all else is
+// float, products too.
 struct DecoderWeights {
   DecoderShape shape;
+  bool bfloat16;        // matrices
   const float* packed;  // generation_packed_size floats, 64-byte aligned, or null
   const int64_t* raw;   // addresses: w_ih, w_hh, b_ih, b_hh of each layer, then those of the head
   const float* embedding;  // [V, D]
@@ -74,9 +77,9 @@ struct GenerationStep {
 };
 
 // padded to the widest vectors, whatever the instruction set
-int64_t generation_gates_size(int64_t hidden, int64_t depth);
-int64_t generation_head_size(int64_t classes, int64_t hidden);
-int64_t generation_packed_size(const DecoderShape& shape);
+int64_t generation_gates_size(int64_t hidden, int64_t depth, bool bfloat16);
+int64_t generation_head_size(int64_t classes, int64_t hidden, bool bfloat16);
+int64_t generation_packed_size(const DecoderShape& shape, bool bfloat16);
 int64_t generation_workspace(const DecoderShape& shape, int64_t batch, int threads);
 // floats of one panel of each matrix of a layer, for one thread
 int64_t generation_panel_scratch(const DecoderShape& shape);
@@ -85,8 +88,8 @@ int64_t generation_group(const DecoderShape& shape, int64_t batch);
 
 // panels [begin, end) of w [rows, depth]; gates: rows = 3H, else classes
 FASTLM_PER_ISA(void, generation_pack,
-               (const float* w, const float* bias, int64_t rows, int64_t depth, bool gates,
-                int64_t begin, int64_t end, float* packed))
+               (const void* w, bool bfloat16, const float* bias, int64_t rows, int64_t depth,
+                bool gates, int64_t begin, int64_t end, float* packed))
 FASTLM_PER_ISA(int64_t, generation_panels, (int64_t rows, bool gates))
 FASTLM_PER_ISA(void, generation, (const Generation& args, Team& team, int rank))
 FASTLM_PER_ISA(void, generation_step, (const GenerationStep& args, Team& team, int rank))

@@ -14,16 +14,16 @@ int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit *
 
 }  // namespace
 
-int64_t generation_gates_size(int64_t hidden, int64_t depth) {
-  return 3 * padded(hidden, kMaxLanes) * (depth + 1);
+int64_t generation_gates_size(int64_t hidden, int64_t depth, bool bfloat16) {
+  return 3 * padded(hidden, kMaxLanes) * ((bfloat16 ? (depth + 1) / 2 : depth) + 1);
 }
-int64_t generation_head_size(int64_t classes, int64_t hidden) {
-  return padded(classes, 3 * kMaxLanes) * (hidden + 1);
+int64_t generation_head_size(int64_t classes, int64_t hidden, bool bfloat16) {
+  return padded(classes, 3 * kMaxLanes) * ((bfloat16 ? (hidden + 1) / 2 : hidden) + 1);
 }
-int64_t generation_packed_size(const DecoderShape& s) {
-  return generation_gates_size(s.hidden, s.embedding_dim) +
-         (2 * s.layers - 1) * generation_gates_size(s.hidden, s.hidden) +
-         generation_head_size(s.classes, s.hidden);
+int64_t generation_packed_size(const DecoderShape& s, bool bfloat16) {
+  return generation_gates_size(s.hidden, s.embedding_dim, bfloat16) +
+         (2 * s.layers - 1) * generation_gates_size(s.hidden, s.hidden, bfloat16) +
+         generation_head_size(s.classes, s.hidden, bfloat16);
 }
 int64_t generation_panel_scratch(const DecoderShape& s) {
   return 2 * 3 * kMaxLanes * (std::max(s.embedding_dim, s.hidden) + 1);
@@ -53,11 +53,11 @@ float* floats_out(const std::optional<Tensor>& t) { return t ? fastlm::floats_ou
 
 DecoderWeights weights_of(const std::optional<Tensor>& packed, const Tensor& addresses,
                           const Tensor& embedding, const std::optional<Tensor>& table,
-                          const Tensor& h_n, int64_t classes) {
+                          const Tensor& h_n, int64_t classes, bool bfloat16) {
   DecoderShape shape{embedding.size(1), h_n.size(2), h_n.size(0), classes};
-  STD_TORCH_CHECK(!packed || packed->numel() == generation_packed_size(shape),
+  STD_TORCH_CHECK(!packed || packed->numel() == generation_packed_size(shape, bfloat16),
                   "fastlm_C: packed weights of another shape");
-  return {shape, floats(packed), ids(addresses), floats(embedding), floats(table)};
+  return {shape, bfloat16, floats(packed), ids(addresses), floats(embedding), floats(table)};
 }
 
 int threads_for(const DecoderWeights& w, int64_t batch) {
@@ -77,23 +77,27 @@ int64_t pack(const Tensor& w, const std::optional<Tensor>& bias, bool gates, int
   int64_t rows = w.size(0), depth = w.size(1);
   auto kernel = FASTLM_PICK(generation_pack);
   float* to = floats_out(packed) + offset;
-  const float *from = floats(w), *b = floats(bias);
-  parallel_rows(
-      FASTLM_PICK(generation_panels)(rows, gates), 1 + (1 << 14) / (depth + 1),
-      [&](int64_t begin, int64_t end) { kernel(from, b, rows, depth, gates, begin, end, to); });
-  return offset +
-         (gates ? generation_gates_size(rows / 3, depth) : generation_head_size(rows, depth));
+  const bool bfloat16 = is_bfloat16(w);
+  const void* from = in(w);
+  const float* b = floats(bias);
+  parallel_rows(FASTLM_PICK(generation_panels)(rows, gates), 1 + (1 << 14) / (depth + 1),
+                [&](int64_t begin, int64_t end) {
+                  kernel(from, bfloat16, b, rows, depth, gates, begin, end, to);
+                });
+  return offset + (gates ? generation_gates_size(rows / 3, depth, bfloat16)
+                         : generation_head_size(rows, depth, bfloat16));
 }
 
-int64_t packed_size(int64_t embedding_dim, int64_t hidden, int64_t layers, int64_t classes) {
-  return generation_packed_size({embedding_dim, hidden, layers, classes});
+int64_t packed_size(int64_t embedding_dim, int64_t hidden, int64_t layers, int64_t classes,
+                    bool bfloat16) {
+  return generation_packed_size({embedding_dim, hidden, layers, classes}, bfloat16);
 }
 
 void step(const std::optional<Tensor>& packed, const Tensor& addresses, const Tensor& embedding,
           const std::optional<Tensor>& table, const Tensor& tokens, const Tensor& h,
-          const Tensor& h_n, const std::optional<Tensor>& logits, int64_t classes) {
+          const Tensor& h_n, const std::optional<Tensor>& logits, int64_t classes, bool bfloat16) {
   GenerationStep args{};
-  args.weights = weights_of(packed, addresses, embedding, table, h_n, classes);
+  args.weights = weights_of(packed, addresses, embedding, table, h_n, classes, bfloat16);
   args.batch = h_n.size(1);
   args.tokens = ids(tokens);
   args.h0 = floats(h);
@@ -116,9 +120,10 @@ void generate(const std::optional<Tensor>& packed, const Tensor& addresses, cons
               double temperature, int64_t top_k, double top_p, double min_p, const Tensor& tokens,
               const Tensor& logprobs, const Tensor& lengths, const Tensor& h_n,
               const std::optional<Tensor>& row_max, const std::optional<Tensor>& log_sum,
-              const std::optional<Tensor>& output, const std::optional<Tensor>& gates) {
+              const std::optional<Tensor>& output, const std::optional<Tensor>& gates,
+              bool bfloat16) {
   Generation args{};
-  args.weights = weights_of(packed, addresses, embedding, table, h_n, classes);
+  args.weights = weights_of(packed, addresses, embedding, table, h_n, classes, bfloat16);
   args.batch = h_n.size(1);
   args.prompts = ids(prompts);
   args.prompt_lengths = ids(prompt_lengths);
@@ -154,20 +159,24 @@ void generate(const std::optional<Tensor>& packed, const Tensor& addresses, cons
 }  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
-  m.def("generation_packed_size(int embedding_dim, int hidden, int layers, int classes) -> int");
+  m.def(
+      "generation_packed_size(int embedding_dim, int hidden, int layers, int classes, "
+      "bool bfloat16=False) -> int");
   m.def(
       "generation_pack(Tensor w, Tensor? bias, bool gates, int offset, Tensor(a!) packed) -> int");
   m.def(
       "generation_step(Tensor? packed, Tensor addresses, Tensor embedding, Tensor? table, Tensor "
       "tokens, Tensor h, "
-      "Tensor(a!) h_n, Tensor(b!)? logits, int classes) -> ()");
+      "Tensor(a!) h_n, Tensor(b!)? logits, int classes, bool bfloat16=False) "
+      "-> ()");
   m.def(
       "generation(Tensor? packed, Tensor addresses, Tensor embedding, Tensor? table, int classes, "
       "Tensor prompts, "
       "Tensor prompt_lengths, Tensor order, Tensor? h0, Tensor? given, Tensor? given_lengths, "
       "Tensor? stops, Tensor rows, int seed, int step, float temperature, int top_k, float top_p, "
       "float min_p, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) lengths, Tensor(d!) h_n, "
-      "Tensor(e!)? row_max, Tensor(f!)? log_sum, Tensor(g!)? output, Tensor(h!)? gates) -> ()");
+      "Tensor(e!)? row_max, Tensor(f!)? log_sum, Tensor(g!)? output, Tensor(h!)? gates, "
+      "bool bfloat16=False) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
   m.impl("generation_pack", TORCH_BOX(&fastlm::pack));

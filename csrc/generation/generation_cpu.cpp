@@ -129,11 +129,12 @@ int64_t generation_panels(int64_t rows, bool gates) {
   return gates ? vectors(rows / kGates) : head_panels(rows);
 }
 
-void generation_pack(const float* w, const float* bias, int64_t rows, int64_t depth, bool gates,
-                     int64_t begin, int64_t end, float* packed) {
+void generation_pack(const void* w, bool bfloat16, const float* bias, int64_t rows, int64_t depth,
+                     bool gates, int64_t begin, int64_t end, float* packed) {
+  const int64_t size = panel_size(words_or_floats(depth, bfloat16));
   for (int64_t p = begin; p < end; ++p) {
-    pack_panel(w, bias, depth, gates ? gate_columns(rows / kGates, p) : class_columns(rows, p),
-               packed + p * panel_size(depth));
+    pack_any(w, bfloat16, bias, depth,
+             gates ? gate_columns(rows / kGates, p) : class_columns(rows, p), packed + p * size);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "embedding_gru/embedding_gru_step.h"
+#include "embedding_gru/embedding_gru_words.h"
 #include "generation/generation.h"
 #include "matmul/matmul_chain.h"
 
@@ -27,8 +28,9 @@ struct Shared {
 };
 
 struct Matrix {
+  bool bfloat16;
   const float* panels;  // packed, or null
-  const float* w;       // [rows, depth]
+  const void* w;        // [rows, depth]
   const float* bias;    // [rows] or null
   int64_t rows, depth;
   bool gates;
@@ -36,37 +38,55 @@ struct Matrix {
 
 // one panel that a thread has packed for itself
 struct PanelCache {
-  const float* w;
+  const void* w;
   int64_t panel;
   float* buffer;
 };
 
+FASTLM_INLINE void pack_any(const void* w, bool bfloat16, const float* bias, int64_t depth,
+                            const PanelColumns& columns, float* panel) {
+  bfloat16 ? pack_panel_words(static_cast<const BFloat16*>(w), bias, depth, columns, panel)
+           : pack_panel(static_cast<const float*>(w), bias, depth, columns, panel);
+}
+FASTLM_INLINE int64_t words_or_floats(int64_t depth, bool bfloat16) {
+  return bfloat16 ? words_of(depth) : depth;
+}
+
 FASTLM_INLINE const float* panel_of(const Matrix& m, int64_t panel, PanelCache* cache) {
-  if (m.panels) return m.panels + panel * panel_size(m.depth);
+  if (m.panels) return m.panels + panel * panel_size(words_or_floats(m.depth, m.bfloat16));
   if (cache->w != m.w || cache->panel != panel) {
     cache->w = m.w;
     cache->panel = panel;
-    pack_panel(m.w, m.bias, m.depth,
-               m.gates ? gate_columns(m.rows / kGates, panel) : class_columns(m.rows, panel),
-               cache->buffer);
+    pack_any(m.w, m.bfloat16, m.bias, m.depth,
+             m.gates ? gate_columns(m.rows / kGates, panel) : class_columns(m.rows, panel),
+             cache->buffer);
   }
   return cache->buffer;
 }
 
-// sum[i] = bias + a[i] times the panel, to the bits of `matmul`
+// sum[i] = bias + a[i] times a panel of m, in one chain: to the bits of the layers' own kernel
 template <int Rows>
-FASTLM_INLINE void multiply_chains(const float* a, int64_t stride, const float* panel,
-                                   int64_t depth, Vec (&sum)[Rows][kGates]) {
+FASTLM_INLINE void multiply_matrix(const Matrix& m, const float* panel, const float* a,
+                                   int64_t stride, Vec (&sum)[Rows][kGates]) {
+  m.bfloat16 ? multiply_panel_of<Operands::widened, Rows>(a, stride, panel, m.depth, sum)
+             : multiply_panel<Rows>(a, stride, panel, m.depth, sum);
+}
+
+template <Operands K, int Rows>
+FASTLM_INLINE void multiply_chains_of(const float* a, int64_t stride, const float* panel,
+                                      int64_t depth, Vec (&sum)[Rows][kGates]) {
+  constexpr int64_t kWords = K == Operands::floats ? kChain : kChain / 2;
+  static_assert(kChain % 2 == 0, "a word is in one chain");
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
     for (int g = 0; g < kGates; ++g) sum[i][g] = load(panel + g * kLanes);
   }
   panel += kGates * kLanes;
-  for (int64_t k = 0; k < depth; k += kChain) {
+  for (int64_t k = 0; k < depth; k += kChain, panel += kWords * kGates * kLanes) {
     Vec chain[Rows][kGates] = {};
-    multiply<Rows, kGates>(a + k, stride, panel + k * kGates * kLanes,
-                           depth - k < kChain ? depth - k : kChain, chain);
+    multiply_of<K, Rows, kGates>(a + k, stride, panel, depth - k < kChain ? depth - k : kChain,
+                                 chain);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
@@ -75,42 +95,48 @@ FASTLM_INLINE void multiply_chains(const float* a, int64_t stride, const float* 
   }
 }
 
+// the same, to the bits of `matmul` of floats
+template <int Rows>
+FASTLM_INLINE void multiply_chains(const Matrix& m, const float* panel, const float* a,
+                                   int64_t stride, Vec (&sum)[Rows][kGates]) {
+  m.bfloat16 ? multiply_chains_of<Operands::widened, Rows>(a, stride, panel, m.depth, sum)
+             : multiply_chains_of<Operands::floats, Rows>(a, stride, panel, m.depth, sum);
+}
+
 FASTLM_INLINE Matrix raw_matrix(const DecoderWeights& w, int64_t at, int64_t bias_at, int64_t rows,
                                 int64_t depth, bool gates) {
-  if (w.packed) return {w.packed, nullptr, nullptr, rows, depth, gates};
-  return {nullptr,
-          reinterpret_cast<const float*>(w.raw[at]),
+  if (w.packed) return {w.bfloat16, w.packed, nullptr, nullptr, rows, depth, gates};
+  return {w.bfloat16,
+          nullptr,
+          reinterpret_cast<const void*>(w.raw[at]),
           reinterpret_cast<const float*>(w.raw[bias_at]),
           rows,
           depth,
           gates};
 }
 // padded for the widest vectors, as the packed matrices stand
-FASTLM_INLINE int64_t gates_size(int64_t hidden, int64_t depth) {
-  return 3 * round_up_to(hidden, kMaxLanes) * (depth + 1);
+FASTLM_INLINE int64_t gates_size(const DecoderWeights& w, int64_t depth) {
+  return 3 * round_up_to(w.shape.hidden, kMaxLanes) * (words_or_floats(depth, w.bfloat16) + 1);
 }
 FASTLM_INLINE Matrix input_matrix(const DecoderWeights& w, int64_t layer) {
   const DecoderShape& s = w.shape;
   const int64_t depth = layer == 0 ? s.embedding_dim : s.hidden;
   Matrix m = raw_matrix(w, 4 * layer, 4 * layer + 2, kGates * s.hidden, depth, true);
   if (m.panels && layer > 0)
-    m.panels +=
-        gates_size(s.hidden, s.embedding_dim) + (2 * layer - 1) * gates_size(s.hidden, s.hidden);
+    m.panels += gates_size(w, s.embedding_dim) + (2 * layer - 1) * gates_size(w, s.hidden);
   return m;
 }
 FASTLM_INLINE Matrix hidden_matrix(const DecoderWeights& w, int64_t layer) {
   const DecoderShape& s = w.shape;
   Matrix m = raw_matrix(w, 4 * layer + 1, 4 * layer + 3, kGates * s.hidden, s.hidden, true);
-  if (m.panels)
-    m.panels += gates_size(s.hidden, s.embedding_dim) + 2 * layer * gates_size(s.hidden, s.hidden);
+  if (m.panels) m.panels += gates_size(w, s.embedding_dim) + 2 * layer * gates_size(w, s.hidden);
   return m;
 }
 FASTLM_INLINE Matrix head_matrix(const DecoderWeights& w) {
   const DecoderShape& s = w.shape;
   Matrix m = raw_matrix(w, 4 * s.layers, 4 * s.layers + 1, s.classes, s.hidden, false);
   if (m.panels)
-    m.panels +=
-        gates_size(s.hidden, s.embedding_dim) + (2 * s.layers - 1) * gates_size(s.hidden, s.hidden);
+    m.panels += gates_size(w, s.embedding_dim) + (2 * s.layers - 1) * gates_size(w, s.hidden);
   return m;
 }
 
@@ -214,10 +240,11 @@ struct LayerTile {
     if (!looked_up) {
       const float* from =
           layer == 0 ? buffers.x + slot * buffers.input_stride : next - batch * stride;
-      multiply_chains<Rows>(from, layer == 0 ? buffers.input_stride : stride,
-                            panel_of(input, vector, &buffers.cache[0]), input.depth, x);
+      multiply_chains<Rows>(input, panel_of(input, vector, &buffers.cache[0]), from,
+                            layer == 0 ? buffers.input_stride : stride, x);
     }
-    multiply_panel<Rows>(h, stride, panel_of(recurrent, vector, &buffers.cache[1]), hidden, sum);
+    multiply_matrix<Rows>(recurrent, panel_of(recurrent, vector, &buffers.cache[1]), h, stride,
+                          sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       if (looked_up) {
@@ -242,8 +269,8 @@ struct HeadTile {
   template <int Rows>
   void run(int64_t panel, int64_t row) const {
     Vec sum[Rows][kGates];
-    multiply_chains<Rows>(h + row * buffers.state_stride, buffers.state_stride,
-                          panel_of(head, panel, &buffers.cache[0]), head.depth, sum);
+    multiply_chains<Rows>(head, panel_of(head, panel, &buffers.cache[0]),
+                          h + row * buffers.state_stride, buffers.state_stride, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* logits = buffers.logits + (row + i) * buffers.logits_stride;

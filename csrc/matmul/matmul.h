@@ -22,12 +22,13 @@ struct MatmulArgs {
   int64_t c_row;
   int64_t rows, columns, depth;
   bool accumulate;
+  bool round;  // float32 operands to the nearest bfloat16
 };
 
 // floats of workspace, aligned to 64 bytes, that each member of the team needs
-FASTLM_PER_ISA(int64_t, matmul_workspace, ())
+FASTLM_PER_ISA_BF16(int64_t, matmul_workspace, ())
 
 // what member `rank` of `members` does; no member waits for another
-FASTLM_PER_ISA(void, matmul, (const MatmulArgs& args, int rank, int members, float* workspace))
+FASTLM_PER_ISA_BF16(void, matmul, (const MatmulArgs& args, int rank, int members, float* workspace))
 
 }  // namespace fastlm

@@ -4,40 +4,35 @@
 //
 // Every element of c is summed as matmul_chain.h says. So it depends on its row of a and its column
 // of b alone, not on the number of threads or on what stands around it.
-#include "common/vec.h"
-#include "matmul/matmul.h"
-#include "matmul/matmul_chain.h"
+//
+// With AVX512_BF16 a word is a pair of bfloat16, where both operands are that or are to be rounded,
+// and a step of the chain adds the products of a pair: twice the rate of float32. Elsewhere they
+// are widened.
+#include "matmul/matmul_pack.h"
+#if defined(__AVX512BF16__)
+#include "matmul/matmul_pairs.h"
+#endif
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// a tile of c: 24 of 32 registers with AVX-512, 12 of 16 elsewhere
-constexpr int kRows = kLanes == 16 ? 12 : 6;
-constexpr int kVectors = 2;
-constexpr int kColumns = kVectors * kLanes;
-constexpr int kDepth = kChain;
-constexpr int kBlockRows = 10 * kRows;
-constexpr int kBlockColumns = 1024;
-// between the rows of a packed tile of a: rows 4 KiB apart would share the sets of the cache
-constexpr int kRowStride = kDepth + 16;
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
 
-FASTLM_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
-FASTLM_INLINE int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-// both packed
-struct Blocks {
-  float* a;  // tiles [kRows][kRowStride], or [depth][kRows] where a's columns are contiguous
-  float* b;  // panels [depth][kColumns]
-};
-
-template <typename T>
-FASTLM_INLINE const T* at(const Matrix& m, int64_t row, int64_t column) {
-  return static_cast<const T*>(m.data) + row * m.row + column * m.column;
+template <bool Pairs>
+FASTLM_INLINE Vec add_product(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs) return dot(sum, a, b);
+#endif
+  return sum + a * b;
 }
 
 // sum[i][v] = sum over k of a[i][k] b[k][v]
-template <int Rows, int RowStride, int DepthStride>
+template <int Rows, int RowStride, int DepthStride, bool Pairs>
 FASTLM_INLINE void multiply(const float* a, const float* b, int64_t depth,
                             Vec (&sum)[Rows][kVectors]) {
 #pragma GCC unroll 12
@@ -46,9 +41,9 @@ FASTLM_INLINE void multiply(const float* a, const float* b, int64_t depth,
     const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
-      const Vec x = broadcast(a[i * RowStride]);
-      sum[i][0] += x * b0;
-      sum[i][1] += x * b1;
+      const Vec x = broadcast_word(a + i * RowStride);
+      sum[i][0] = add_product<Pairs>(sum[i][0], x, b0);
+      sum[i][1] = add_product<Pairs>(sum[i][1], x, b1);
     }
   }
 }
@@ -85,138 +80,68 @@ FASTLM_INLINE void finish(const Tile& t, Vec (&sum)[Rows][kVectors]) {
   }
 }
 
-template <int Rows, int RowStride, int DepthStride>
+template <int Rows, int RowStride, int DepthStride, bool Pairs>
 void tile(const float* a, const float* b, int64_t depth, const Tile& t) {
   for (int i = 0; i < t.rows; ++i) {
     __builtin_prefetch(t.c + i * t.c_row, 1);
     __builtin_prefetch(t.c + i * t.c_row + kLanes, 1);
   }
   Vec sum[Rows][kVectors];
-  multiply<Rows, RowStride, DepthStride>(a, b, depth, sum);
+  multiply<Rows, RowStride, DepthStride, Pairs>(a, b, depth, sum);
   finish(t, sum);
 }
 
 // the last rows of a block: two thirds or a third of a tile where that is enough
-template <int RowStride, int DepthStride>
+template <int RowStride, int DepthStride, bool Pairs>
 void tile_of(const float* a, const float* b, int64_t depth, const Tile& t) {
   if (t.rows <= kRows / 3) {
-    tile<kRows / 3, RowStride, DepthStride>(a, b, depth, t);
+    tile<kRows / 3, RowStride, DepthStride, Pairs>(a, b, depth, t);
   } else if (t.rows <= kRows * 2 / 3) {
-    tile<kRows * 2 / 3, RowStride, DepthStride>(a, b, depth, t);
+    tile<kRows * 2 / 3, RowStride, DepthStride, Pairs>(a, b, depth, t);
   } else {
-    tile<kRows, RowStride, DepthStride>(a, b, depth, t);
+    tile<kRows, RowStride, DepthStride, Pairs>(a, b, depth, t);
   }
 }
 
-// rows[i][j] -> rows[j][i], for kLanes rows
-FASTLM_INLINE void transpose(Vec (&rows)[kLanes]) {
-  // each stage exchanges the off-diagonal blocks of all squares of 2 * width
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    VecInt low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = j & width ? kLanes + j - width : j;
-      high[j] = j & width ? kLanes + j : j + width;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & width) continue;
-      const Vec first = rows[i], second = rows[i + width];
-      rows[i] = __builtin_shuffle(first, second, low);
-      rows[i + width] = __builtin_shuffle(first, second, high);
-    }
-  }
+enum class Kind { floats, bfloat16, rounded };
+FASTLM_INLINE Kind kind_of(const Matrix& m, bool round) {
+  return m.bfloat16 ? Kind::bfloat16 : round ? Kind::rounded : Kind::floats;
 }
 
-// b [depth, columns] from (k, n) on -> panels; columns past the end are 0
-template <typename T>
-void pack_b(const Matrix& b, int64_t k, int64_t n, int64_t depth, int64_t columns, float* packed) {
-  if (b.column == 1) {
-    for (int64_t i = 0; i < depth; ++i) {
-      const T* from = at<T>(b, k + i, n);
-      float* to = packed + i * kColumns;
-      for (int64_t j = 0; j < columns; j += kColumns, to += kColumns * depth) {
-        for (int v = 0; v < kColumns; v += kLanes) {
-          const int64_t left = columns - j - v;
-          if (left >= kLanes) {
-            store(to + v, load(from + j + v));
-          } else {
-            store(to + v, left > 0 ? load_first(from + j + v, int(left), 0.f) : Vec{});
-          }
-        }
-      }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    float* panel = packed + j / kColumns * kColumns * depth + j % kColumns;
-    const int width = int(least(kLanes, columns - j));
-    int64_t i = 0;
-    if (b.row == 1) {
-      for (; i + kLanes <= depth; i += kLanes) {
-        const T* from = at<T>(b, k + i, n + j);
-        Vec rows[kLanes];
-#pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c) rows[c] = c < width ? load(from + c * b.column) : Vec{};
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c) store(panel + (i + c) * kColumns, rows[c]);
-      }
-    }
-    for (; i < depth; ++i)
-      for (int c = 0; c < kLanes; ++c)
-        panel[i * kColumns + c] = c < width ? to_float(*at<T>(b, k + i, n + j + c)) : 0.f;
-  }
-  // the half of the last panel that no vector reached
-  if (up(columns, kLanes) % kColumns) {
-    float* panel = packed + columns / kColumns * kColumns * depth + kLanes;
-    for (int64_t i = 0; i < depth; ++i) store(panel + i * kColumns, Vec{});
-  }
+// element types of a, b
+template <bool Pairs>
+void pack_a_of(const MatmulArgs& s, int64_t m, int64_t k, int64_t rows, int64_t depth, float* to) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs)
+    return s.a.bfloat16 ? pack_a_pairs<BFloat16>(s.a, m, k, rows, depth, to)
+                        : pack_a_pairs<Rounded>(s.a, m, k, rows, depth, to);
+#endif
+  const Kind kind = kind_of(s.a, s.round);
+  kind == Kind::bfloat16  ? pack_a<BFloat16>(s.a, m, k, rows, depth, to)
+  : kind == Kind::rounded ? pack_a<Rounded>(s.a, m, k, rows, depth, to)
+                          : pack_a<float>(s.a, m, k, rows, depth, to);
+}
+template <bool Pairs>
+void pack_b_of(const MatmulArgs& s, int64_t k, int64_t n, int64_t depth, int64_t columns,
+               float* to) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs)
+    return s.b.bfloat16 ? pack_b_pairs<BFloat16>(s.b, k, n, depth, columns, to)
+                        : pack_b_pairs<Rounded>(s.b, k, n, depth, columns, to);
+#endif
+  const Kind kind = kind_of(s.b, s.round);
+  kind == Kind::bfloat16  ? pack_b<BFloat16>(s.b, k, n, depth, columns, to)
+  : kind == Kind::rounded ? pack_b<Rounded>(s.b, k, n, depth, columns, to)
+                          : pack_b<float>(s.b, k, n, depth, columns, to);
 }
 
-FASTLM_INLINE bool by_column(const Matrix& a) { return a.row == 1 && a.column != 1; }
-
-// a [rows, depth] from (m, k) on -> tiles; rows past the end are 0
-template <typename T>
-void pack_a(const Matrix& a, int64_t m, int64_t k, int64_t rows, int64_t depth, float* packed) {
-  if (by_column(a)) {
-    for (int64_t j = 0; j < depth; ++j) {
-      const T* from = at<T>(a, m, k + j);
-      float* to = packed + j * kRows;
-      int64_t i = 0;
-      for (; i + kRows <= rows; i += kRows, to += kRows * kRowStride) {
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) to[r] = to_float(from[i + r]);
-      }
-      if (i < rows)
-        for (int r = 0; r < kRows; ++r) to[r] = i + r < rows ? to_float(from[i + r]) : 0.f;
-    }
-    return;
-  }
-  for (int64_t i = 0; i < up(rows, kRows); ++i) {
-    float* to = packed + i * kRowStride;
-    int64_t j = 0;
-    if (i < rows && a.column == 1) {
-      const T* from = at<T>(a, m + i, k);
-      for (; j + kLanes <= depth; j += kLanes) store(to + j, load(from + j));
-    }
-    for (; j < depth; ++j) to[j] = i < rows ? to_float(*at<T>(a, m + i, k + j)) : 0.f;
-  }
-}
-
-FASTLM_INLINE void pack(const MatmulArgs& s, int64_t m, int64_t k, int64_t rows, int64_t depth,
-                        float* packed) {
-  s.a.bfloat16 ? pack_a<BFloat16>(s.a, m, k, rows, depth, packed)
-               : pack_a<float>(s.a, m, k, rows, depth, packed);
-}
-
-// part of c from (m, n) on, for one block of the depth
+// part of c from (m, n) on, for one block of the depth; `words` of it
+template <bool Pairs>
 void block(const MatmulArgs& s, const Blocks& blocks, int64_t m, int64_t n, int64_t k, int64_t rows,
-           int64_t columns, int64_t depth) {
+           int64_t columns, int64_t words) {
   const bool columns_of_a = by_column(s.a);
   for (int64_t j = 0; j < columns; j += kColumns) {
-    const float* b = blocks.b + j * depth;
+    const float* b = blocks.b + j * words;
     for (int64_t i = 0; i < rows; i += kRows) {
       const float* a = blocks.a + i * kRowStride;
       const Tile t{s.c + (m + i) * s.c_row + n + j,
@@ -225,7 +150,8 @@ void block(const MatmulArgs& s, const Blocks& blocks, int64_t m, int64_t n, int6
                    s.accumulate || k > 0,
                    int(least(kRows, rows - i)),
                    int(least(kColumns, columns - j))};
-      columns_of_a ? tile_of<1, kRows>(a, b, depth, t) : tile_of<kRowStride, 1>(a, b, depth, t);
+      columns_of_a ? tile_of<1, kRows, Pairs>(a, b, words, t)
+                   : tile_of<kRowStride, 1, Pairs>(a, b, words, t);
     }
   }
 }
@@ -252,6 +178,27 @@ int parts_of_rows(const MatmulArgs& s, int members) {
   return best;
 }
 
+template <bool Pairs>
+void multiply_all(const MatmulArgs& s, int rank, int members, float* workspace) {
+  constexpr int kPerWord = Pairs ? 2 : 1;
+  const Blocks blocks{workspace, workspace + int64_t(kBlockRows) * kRowStride};
+  const int across = parts_of_rows(s, members);
+  const Range rows = share(s.rows, kRows, rank % across, across);
+  const Range columns = share(s.columns, kColumns, rank / across, members / across);
+  for (int64_t n = columns.begin; n < columns.end; n += kBlockColumns) {
+    const int64_t width = least(kBlockColumns, columns.end - n);
+    for (int64_t k = 0; k < s.depth; k += kPerWord * kDepth) {
+      const int64_t depth = least(kPerWord * kDepth, s.depth - k);
+      pack_b_of<Pairs>(s, k, n, depth, width, blocks.b);
+      for (int64_t m = rows.begin; m < rows.end; m += kBlockRows) {
+        const int64_t height = least(kBlockRows, rows.end - m);
+        pack_a_of<Pairs>(s, m, k, height, depth, blocks.a);
+        block<Pairs>(s, blocks, m, n, k, height, width, (depth + kPerWord - 1) / kPerWord);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int64_t matmul_workspace() {
@@ -259,22 +206,11 @@ int64_t matmul_workspace() {
 }
 
 void matmul(const MatmulArgs& s, int rank, int members, float* workspace) {
-  const Blocks blocks{workspace, workspace + int64_t(kBlockRows) * kRowStride};
-  const int across = parts_of_rows(s, members);
-  const Range rows = share(s.rows, kRows, rank % across, across);
-  const Range columns = share(s.columns, kColumns, rank / across, members / across);
-  for (int64_t n = columns.begin; n < columns.end; n += kBlockColumns) {
-    const int64_t width = least(kBlockColumns, columns.end - n);
-    for (int64_t k = 0; k < s.depth; k += kDepth) {
-      const int64_t depth = least(kDepth, s.depth - k);
-      s.b.bfloat16 ? pack_b<BFloat16>(s.b, k, n, depth, width, blocks.b)
-                   : pack_b<float>(s.b, k, n, depth, width, blocks.b);
-      for (int64_t m = rows.begin; m < rows.end; m += kBlockRows) {
-        const int64_t height = least(kBlockRows, rows.end - m);
-        pack(s, m, k, height, depth, blocks.a);
-        block(s, blocks, m, n, k, height, width, depth);
-      }
-    }
+  const bool pairs = (s.a.bfloat16 || s.round) && (s.b.bfloat16 || s.round);
+  if (kHasPairs && pairs) {
+    multiply_all<kHasPairs>(s, rank, members, workspace);
+  } else {
+    multiply_all<false>(s, rank, members, workspace);
   }
 }
 

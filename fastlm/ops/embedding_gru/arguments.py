@@ -40,10 +40,9 @@ def cells_of(op: str, flat_weights: Sequence[Tensor], count: int, bias: bool) ->
 
 
 def check_options(op: str, precision: str, save: str) -> str:
-    """The precision that "auto" stands for, or the one given."""
     checks.one_of(op, "precision", precision, PRECISIONS)
     checks.one_of(op, "save", save, ("gates", "hidden"))
-    return "ieee" if precision == "auto" else precision
+    return precision
 
 
 def check_state(op: str, name: str, h: Tensor | None, shape: tuple[int, ...], w: Tensor) -> None:

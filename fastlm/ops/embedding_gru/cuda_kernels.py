@@ -22,7 +22,7 @@ from .reference import summed_rows
 # bfloat16 weights are one bfloat16 number, float16 two; of float32 three have all 24 bits
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # the most that a precision asks for
-_AT_MOST = {"ieee": 3, "bf16x3": 2, "tf32": 2, "bf16": 1}
+_AT_MOST = {"auto": 3, "ieee": 3, "bf16x3": 2, "tf32": 2, "bf16": 1}
 # columns that a row of the exchanged values is padded to: vectors of 16 bytes
 _VECTOR = 8
 

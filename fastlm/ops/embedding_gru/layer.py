@@ -3,7 +3,8 @@
 The recurrence (`reference` or a kernel with the same arguments) does what is sequential; the large
 products here are those of `matmul`. Computation is in float32, or float64 for float64 inputs;
 `gates` is saved in that dtype, everything else in the dtype of the weights. With precision "bf16"
-the operands of every product are rounded to bfloat16; sums, gates and the state are not.
+the operands of every product are rounded to bfloat16; sums, gates and the state are not. "auto" is
+that for bfloat16 weights where the recurrence multiplies pairs of them faster, else "ieee".
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class Recurrence(NamedTuple):
     product: Callable[..., Tensor] = matmul.plain
     each_row: Callable[..., Tensor] = matmul.plain_each_row
     recompute_gates: Callable[..., Tensor] = reference.recompute_gates
+    # whether forward and backward take w_hh in bfloat16
+    takes_bfloat16: bool = False
+    # whether the two products take operands in bfloat16, and `round`
+    multiplies_pairs: Callable[[], bool] = lambda: False
     # whether `forward` takes save=False, to leave the gates out
     may_drop_gates: bool = False
 
@@ -43,10 +48,35 @@ def _operand(x: Any, round: bool) -> Any:
     return reference.rounded(_wide(x)) if round else _wide(x)
 
 
+def _recurrent(recurrence: Recurrence, w_hh: Tensor, round: bool) -> Tensor:
+    if recurrence.takes_bfloat16 and (round or w_hh.dtype == torch.bfloat16):
+        return w_hh.to(torch.bfloat16).contiguous()
+    return _operand(w_hh, round)
+
+
+def _factor(recurrence: Recurrence, x: Tensor, round: bool) -> Tensor:
+    """An operand of one of the large products, which may round it themselves."""
+    if recurrence.multiplies_pairs() and (round or x.dtype == torch.bfloat16):
+        return x if x.dtype in (torch.float32, torch.bfloat16) else _wide(x)
+    return _operand(x, round)
+
+
+def _product(
+    recurrence: Recurrence, a: Tensor, b: Tensor, bias: Tensor | None, round: bool, *,
+    each_row: bool = False,
+) -> Tensor:  # fmt: skip
+    """a @ b + bias of operands from `_factor`, in the dtype of the computation."""
+    product = recurrence.each_row if each_row else recurrence.product
+    if round and recurrence.multiplies_pairs():
+        return product(a, b, bias, round=True)
+    return product(a, b, bias)
+
+
 def _project(
     recurrence: Recurrence, rows: Tensor, w_ih: Tensor, b_ih: Tensor | None, round: bool
 ) -> Tensor:
-    return recurrence.each_row(_operand(rows, round), _operand(w_ih, round).t(), _wide(b_ih))
+    rows, w_ih = (_factor(recurrence, x, round) for x in (rows, w_ih))
+    return _product(recurrence, rows, w_ih.t(), _wide(b_ih), round, each_row=True)
 
 
 def _plan(
@@ -83,9 +113,15 @@ class _Call(NamedTuple):
         return reference.previous_states(output, reset, h0, *self[:3])
 
 
-def _layout(first_two: torch.Size, batch_first: bool, reverse: bool, precision: str) -> _Call:
+def _rounds(recurrence: Recurrence, precision: str, w_hh: Tensor) -> bool:
+    if precision == "auto":
+        return w_hh.dtype == torch.bfloat16 and recurrence.multiplies_pairs()
+    return precision == "bf16"
+
+
+def _layout(first_two: torch.Size, batch_first: bool, reverse: bool, round: bool) -> _Call:
     batch = first_two[0] if batch_first else first_two[1]
-    return _Call(batch, batch_first, reverse, precision == "bf16")
+    return _Call(batch, batch_first, reverse, round)
 
 
 def _reordered(h: Tensor | None, call: _Call) -> Tensor | None:
@@ -106,7 +142,7 @@ def _run_forward(
     weights: tuple[Tensor, Tensor | None], h0: Tensor | None, call: _Call, dtype: torch.dtype,
     shape: torch.Size, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    w_hh, b_hh = _operand(weights[0], call.round), _wide(weights[1])
+    w_hh, b_hh = _recurrent(recurrence, weights[0], call.round), _wide(weights[1])
     hidden = w_hh.shape[1]
     if shape.numel() == 0 or call.batch == 0:
         start = table.new_zeros(call.batch, hidden) if h0 is None else _wide(h0).clone()
@@ -139,14 +175,14 @@ def _run_backward(
     table: Callable[[], Tensor], rows: int, saved: _Saved, call: _Call, need_w_hh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dtable, dw_hh, dbias [2, 3H], dh0 in the dtype of the computation."""
-    w_hh, h0 = _operand(saved.w_hh, call.round), _reordered(_wide(saved.h0), call)
+    w_hh, h0 = _recurrent(recurrence, saved.w_hh, call.round), _reordered(_wide(saved.h0), call)
     width, hidden = w_hh.shape
     output, doutput = (_wide(x).reshape(-1, hidden) for x in (saved.output, doutput))
     reset = _flat(saved.reset)
     if output.shape[0] == 0 or call.batch == 0:
         return (
             output.new_zeros(rows, width),
-            torch.zeros_like(w_hh),
+            output.new_zeros(width, hidden),
             output.new_zeros(2, width),
             _wide(dh_n),
         )
@@ -159,12 +195,12 @@ def _run_backward(
         doutput, _reordered(_wide(dh_n), call), index, rows, reset, w_hh, h0, output, gates,
         *call[:3], **call.recurrence(),
     )  # fmt: skip
-    dw_hh = w_hh.new_empty(0)
+    dw_hh = output.new_empty(0)
     if need_w_hh:
         if previous is None:
             previous = call.previous(output, reset, h0)
-        operands = _operand(dhidden, call.round), _operand(previous, call.round)
-        dw_hh = recurrence.product(operands[0].t(), operands[1])
+        operands = [_factor(recurrence, x, call.round) for x in (dhidden, previous)]
+        dw_hh = _product(recurrence, operands[0].t(), operands[1], None, call.round)
     return dtable, dw_hh, dbias, _restored(dh0, call)
 
 
@@ -176,7 +212,7 @@ def embedding_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    call = _layout(tokens.shape, batch_first, reverse, precision)
+    call = _layout(tokens.shape, batch_first, reverse, _rounds(recurrence, precision, w_hh))
     table = _project(recurrence, weight if rows is None else weight[rows], w_ih, b_ih, call.round)
     return _run_forward(
         recurrence, table, index, reset, (w_hh, b_hh), h0, call, weight.dtype, tokens.shape, save
@@ -193,8 +229,8 @@ def embedding_backward(
     """dweight, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
     flat = tokens.reshape(-1).contiguous()
     rows, index = _plan(recurrence, flat, unique, inverse, weight.shape[0], dedupe)
-    call = _layout(tokens.shape, batch_first, reverse, precision)
-    used = _operand(weight if rows is None else weight[rows], call.round)
+    call = _layout(tokens.shape, batch_first, reverse, _rounds(recurrence, precision, w_hh))
+    used = _factor(recurrence, weight if rows is None else weight[rows], call.round)
     dtable, dw_hh, dbias, dh0 = _run_backward(
         recurrence, doutput, dh_n, index,
         lambda: _project(recurrence, used, w_ih, b_ih, call.round), used.shape[0],
@@ -223,12 +259,13 @@ def _input_gradients(
     need_w_ih: bool, need_rows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the input weights and of the projected rows, empty where not needed."""
-    dtable = _operand(dtable, round)
+    dtable = _factor(recurrence, dtable, round)
     dw_ih = drows = dtable.new_empty(0)
     if need_w_ih:
-        dw_ih = recurrence.product(dtable.t(), rows)
+        dw_ih = _product(recurrence, dtable.t(), rows, None, round)
     if need_rows:
-        drows = recurrence.each_row(dtable, _operand(w_ih, round))
+        w_ih = _factor(recurrence, w_ih, round)
+        drows = _product(recurrence, dtable, w_ih, None, round, each_row=True)
     return dw_ih, drows
 
 
@@ -237,7 +274,7 @@ def gru_forward(
     b_hh: Tensor | None, h0: Tensor | None, reset: Tensor | None, batch_first: bool,
     reverse: bool, save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _layout(input.shape[:2], batch_first, reverse, precision)
+    call = _layout(input.shape[:2], batch_first, reverse, _rounds(recurrence, precision, w_hh))
     table = _project(recurrence, input.flatten(0, 1), w_ih, b_ih, call.round)
     return _run_forward(
         recurrence, table, None, reset, (w_hh, b_hh), h0, call, input.dtype, input.shape[:2], save
@@ -251,7 +288,7 @@ def gru_backward(
     need_input: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dinput, dw_ih, dw_hh, dbias, dh0; a gradient that is not needed comes back empty."""
-    call = _layout(input.shape[:2], batch_first, reverse, precision)
+    call = _layout(input.shape[:2], batch_first, reverse, _rounds(recurrence, precision, w_hh))
     return _dense_backward(
         recurrence, doutput, dh_n, input, None, w_ih, b_ih,
         _Saved(w_hh, b_hh, h0, reset, output, gates), call, (need_input, need_w_ih, need_w_hh),
@@ -264,7 +301,7 @@ def _dense_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_input, need_w_ih, need_w_hh = needs
-    rows = _operand(input, call.round).flatten(0, -2)
+    rows = _factor(recurrence, input, call.round).flatten(0, -2)
     dtable, dw_hh, dbias, dh0 = _run_backward(
         recurrence, doutput, dh_n, index,
         lambda: _project(recurrence, rows, w_ih, b_ih, call.round), rows.shape[0], saved,
@@ -284,7 +321,7 @@ def ragged_forward(
     save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = ragged.make_plan(first, lengths, offsets, stride)
-    call = _Call(first.shape[0], True, reverse, precision == "bf16", plan)
+    call = _Call(first.shape[0], True, reverse, _rounds(recurrence, precision, w_hh), plan)
     table = _project(recurrence, input, w_ih, b_ih, call.round)
     tokens = (input if index is None else index).shape[:1]
     return _run_forward(
@@ -300,7 +337,7 @@ def ragged_backward(
     need_input: bool, need_w_ih: bool, need_w_hh: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = ragged.make_plan(first, lengths, offsets, stride)
-    call = _Call(first.shape[0], True, reverse, precision == "bf16", plan)
+    call = _Call(first.shape[0], True, reverse, _rounds(recurrence, precision, w_hh), plan)
     return _dense_backward(
         recurrence, doutput, dh_n, input, index, w_ih, b_ih,
         _Saved(w_hh, b_hh, h0, reset, output, gates), call, (need_input, need_w_ih, need_w_hh),

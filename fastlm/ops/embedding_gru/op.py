@@ -225,6 +225,8 @@ _cpu = layer.Recurrence(
     matmul.fastest,
     matmul.each_row,
     cpu_kernels.recompute_gates,
+    takes_bfloat16=True,
+    multiplies_pairs=matmul.multiplies_pairs,
     may_drop_gates=True,
 )
 _reference = layer.Recurrence(

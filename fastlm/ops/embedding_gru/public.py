@@ -76,9 +76,11 @@ def embedding_gru(
             run one after the other: give `cu_seqlens` on the CPU, or `lengths` and padding.
         lengths: [B] how many tokens of each sequence count; the output is 0 at the others, and
             nothing is computed for them on the CPU.
-        precision: "ieee" computes in float32 (float64 for float64 weights); "auto" is "ieee".
-            "bf16" rounds the operands of every product to bfloat16; sums, gates and the state stay
-            float32. "bf16x3" and "tf32" allow a GPU such products; the CPU computes them as "ieee".
+        precision: "ieee" computes in float32 (float64 for float64 weights); "bf16"
+            rounds the operands of every product to bfloat16; sums, gates and the state stay
+            float32. "auto" is "bf16" for bfloat16 weights on a CPU that multiplies pairs of them
+            (AVX512_BF16), else "ieee". "bf16x3" and "tf32" allow a GPU such products; the CPU
+            computes them as "ieee".
         save: what the backward keeps per token: "gates" 5 x H values, "hidden" 1 x H and recomputes
             the gates in one product.
 

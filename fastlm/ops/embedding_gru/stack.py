@@ -157,7 +157,19 @@ def least_steps(batch: int, hidden: int, differentiable: bool) -> int:
 MOST_LEAST_STEPS = 5
 
 
-def torch_is_faster(input: Tensor, cell: Cell, batch: int, steps: int) -> str | None:
+def _large_in_bfloat16(batch: int, hidden: int, steps: int, differentiable: bool) -> bool:
+    """Whether PyTorch's own GRU, whose gates are of 16 bits, is the faster one in bfloat16, on a
+    processor that multiplies pairs. LOG: "gru: large batches in bfloat16"."""
+    units = batch * hidden
+    large = units >= 1 << 16
+    if differentiable:
+        large = units >= 1 << 15 or units * steps >= 1 << 22
+    return batch >= 64 and hidden >= 128 and large and extension.cpu_isa() == "avx512_bf16"
+
+
+def torch_is_faster(
+    input: Tensor, cell: Cell, batch: int, steps: int, precision: str
+) -> str | None:
     """Why PyTorch's own GRU takes a dense call, or None."""
     if torch.compiler.is_compiling():
         return None
@@ -169,6 +181,9 @@ def torch_is_faster(input: Tensor, cell: Cell, batch: int, steps: int) -> str | 
             return f"fewer than {least} steps"
     if device == "cpu" and w_hh.dtype == torch.float32 and not extension.unavailable:
         return None
+    if device == "cpu" and w_hh.dtype == torch.bfloat16 and precision == "auto":
+        if _large_in_bfloat16(batch, w_hh.shape[1], steps, differentiable):
+            return "a large batch in bfloat16"
     named = {"input": input, "w_ih": cell[0], "w_hh": w_hh}
     if dispatch.preferred("gru", "forward", named) == "reference":
         # in 16 bits the loop of the CPU is slower, and carries its state in 16 bits
@@ -180,14 +195,15 @@ def torch_is_faster(input: Tensor, cell: Cell, batch: int, steps: int) -> str | 
 def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: Options) -> bool:
     plain = layout.where is None and layout.begin is None and layout.lengths is None
     plain = plain and not options.zoneout
-    plain = plain and options.precision == "ieee" and options.save == "gates"
+    plain = plain and options.precision in ("ieee", "auto") and options.save == "gates"
     if not plain or input.shape[0] == 0 or input.shape[1] == 0:
         return False
     forced = dispatch.forced()
     why = None
     if forced is None:
-        sizes = input.shape[:2] if options.batch_first else (input.shape[1], input.shape[0])
-        why = torch_is_faster(input, cells[0], *sizes)
+        first, second = input.shape[:2]
+        batch, steps = (first, second) if options.batch_first else (second, first)
+        why = torch_is_faster(input, cells[0], batch, steps, options.precision)
         if why is not None:
             dispatch.note("gru", "torch", {"cpu": why})
     return why is not None or forced == "torch"
@@ -258,7 +274,8 @@ def _packed(
         hx = hx.index_select(1, order)
     layout = Layout(count, sequences.packed(batch_sizes, count), None, None)
     why = None
-    if dispatch.forced() is None and not options.zoneout and options.precision == "ieee":
+    plain = not options.zoneout and options.precision in ("ieee", "auto")
+    if dispatch.forced() is None and plain:
         why = torch_packs_faster(data, cells[0])
     if why is not None:
         dispatch.note("gru", "torch", {"cpu": why})

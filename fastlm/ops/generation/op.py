@@ -5,7 +5,8 @@ number, first step + i) and ends the row if it is a stop. What a row gets depend
 rows beside it nor on the number of threads: in the cpu backend every product is chains of fused
 multiply-adds over k in order. W_hh h is that of the layers' own kernel, input projection and logits
 are those of csrc/matmul, log-probs those of `row_statistics`, all to the bit: so the log-probs are
-those of the training forward wherever that takes the compiled product.
+those of the training forward wherever that takes the compiled product, of float32 weights; matrices
+in bfloat16 are widened in registers, so they give the log-probs of the widened model.
 
     generation           samples: tokens, log-probs, lengths, state
     generation_logprobs  the log-probs of given tokens, from the same kernel: equal to the bit to
@@ -16,7 +17,8 @@ Saved, when a backward follows: states and gates of every layer [L, B, steps, H 
 largest logit and log sum of exponentials of every made token. The backward computes the logits
 again, chunk by chunk, as `linear_row_statistics` does, and needs no second forward through the GRU.
 
-Backends: cpu (C++) takes float32, and half-precision weights widened once; reference takes all.
+Backends: cpu (C++) takes float32, bfloat16 weights, and float16 ones widened once; reference takes
+all.
 Source: whole-loop decoding as in the persistent RNNs of Diamos et al. 2016.
 """
 
@@ -135,6 +137,11 @@ def _addresses(cells: Any, head_weight: Tensor | None, head_bias: Tensor | None)
     return torch.tensor([0 if w is None else w.data_ptr() for w in every])
 
 
+def _narrow(cells: Any) -> bool:
+    """Whether the matrices are of bfloat16, which the kernel reads as they are."""
+    return cells[1].dtype == torch.bfloat16
+
+
 def _or_none(saved: Sequence[Tensor], save: bool) -> Sequence[Tensor | None]:
     return saved if save else (None,) * len(saved)
 
@@ -157,7 +164,7 @@ def _cpu(
         extension.raw("generation")(
             packed, _addresses(cells, head_weight, head_bias), embedding, table, classes, prompts,
             prompt_lengths, _order(prompt_lengths), h0, None, None, stops, rows, *how, *made,
-            *_or_none(saved, save),
+            *_or_none(saved, save), _narrow(cells),
         )  # fmt: skip
     return *made, *saved
 
@@ -176,6 +183,7 @@ def _cpu_logprobs(
             packed, _addresses(cells, head_weight, head_bias), embedding, table,
             head_weight.shape[0], prompts, prompt_lengths, _order(prompt_lengths), None, tokens,
             lengths, None, counted, *how, unused, logprobs, counted, h_n, *_or_none(saved, save),
+            _narrow(cells),
         )  # fmt: skip
     return logprobs, *saved
 
@@ -191,12 +199,15 @@ def _cpu_step(
         wanted = logits if classes else None
         addresses = _addresses(cells, head_weight, head_bias)
         extension.raw("generation_step")(
-            packed, addresses, embedding, table, *arguments, wanted, classes
+            packed, addresses, embedding, table, *arguments, wanted, classes, _narrow(cells)
         )
     return logits, h_n
 
 
 def _weights(embedding: Tensor, cells: Any, head_weight: Any, head_bias: Any) -> Weights:
+    """All in the dtype of the computation, that of the embedding."""
+    every = (*cells, head_weight, head_bias)
+    *cells, head_weight, head_bias = (w if w is None else w.to(embedding.dtype) for w in every)
     return Weights(
         embedding,
         [tuple(cells[i : i + 4]) for i in range(0, len(cells), 4)],

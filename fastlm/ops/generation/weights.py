@@ -25,6 +25,10 @@ def _wide(x: Tensor | None) -> Any:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
+def _matrix(x: Tensor | None, narrow: bool) -> Any:
+    return _wide(x) if x is None or not narrow else x.detach().contiguous()
+
+
 def _mark(x: Tensor) -> tuple[int, int]:
     """Changes when the tensor is written to, or its storage replaced."""
     return x.data_ptr(), 0 if x.is_inference() else x._version
@@ -67,21 +71,27 @@ class DecoderWeights:
             # the rows that a lookup would leave behind
             rows = torch.renorm(rows, norm_type, 0, max_norm)
             self.rows = rows.to(embedding.dtype)
-        self.wide = Weights(
-            rows,
-            [(_wide(a), _wide(b), _wide(c), _wide(d)) for a, b, c, d in cells],
-            _wide(head_weight),
-            _wide(head_bias),
-        )
         self._packs = not extension.unavailable and rows.dtype == torch.float32
         self._packs &= rows.device.type == "cpu"
+        # the kernel reads matrices in bfloat16, half the bytes, where all of them are
+        matrices = [head_weight, *(w for cell in cells for w in cell[:2])]
+        narrow = self._packs and all(m is None or m.dtype == torch.bfloat16 for m in matrices)
+        self._narrow = narrow
+        #: the dtype of the computation; matrices may be in bfloat16
+        self.wide = Weights(
+            rows,
+            [(_matrix(a, narrow), _matrix(b, narrow), _wide(c), _wide(d)) for a, b, c, d in cells],
+            _matrix(head_weight, narrow),
+            _wide(head_bias),
+        )
         self._packed: Tensor | None = None
         self._table: Tensor | None = None
         self._steps = self._tokens = 0
 
     def _pack(self) -> Tensor:
         rows, cells, head_weight, head_bias = self.wide
-        size = raw("generation_packed_size")(rows.shape[1], self.hidden, self.layers, self.classes)
+        sizes = (rows.shape[1], self.hidden, self.layers, self.classes)
+        size = raw("generation_packed_size")(*sizes, self._narrow)
         packed, offset = rows.new_empty(size), 0
         pack = raw("generation_pack")
         for w_ih, w_hh, b_ih, b_hh in cells:

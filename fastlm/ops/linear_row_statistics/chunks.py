@@ -50,7 +50,8 @@ Span = slice | Tensor
 
 class Matmul(NamedTuple):
     """Matrix products: `matmul.plain_into` or one like it; whether it takes operands like the input
-    in half precision; and whether both must be, so that the gradient of the logits is rounded."""
+    in half precision; and whether both must be, so that the gradient of the logits is rounded here
+    (`matmul.into_rounded` does it as it packs)."""
 
     into: Callable[..., Tensor]
     takes_mixed: Callable[[Tensor], bool]
@@ -58,7 +59,7 @@ class Matmul(NamedTuple):
 
 
 LIBRARY = Matmul(matmul.library_into, matmul.library_takes_mixed, True)
-FASTEST = Matmul(matmul.into, matmul.takes_mixed, False)
+FASTEST = Matmul(matmul.into_rounded, matmul.takes_mixed, False)
 
 
 class RowKernels(NamedTuple):
