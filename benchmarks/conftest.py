@@ -22,6 +22,7 @@ from fastlm.bench import measure
 from fastlm.bench.case import Case
 
 RESULTS = Path(__file__).parent / "results"
+THREADS = 2
 ROUNDS = (5, 40)  # at least, at most
 REPEAT_SECONDS = 2e-3  # a measurement shorter than this is repeated within the round
 
@@ -50,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="start no case later than this after the first; it is reported, not forgotten",
     )
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
-    group.addoption("--threads", type=int, default=2, help="CPU threads; default 2")
+    group.addoption("--threads", type=int, default=THREADS, help=f"CPU threads; default {THREADS}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -173,7 +174,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line)
     timed = {case_id: row for case_id, row in rows.items() if "note" not in row}
     if option.fastlm_benchmark and timed:
-        path = RESULTS / f"{machine['slug']}.json"
+        # the default number of threads in one file, another one in a file of its own
+        threads = "" if option.threads == THREADS else f"-threads-{option.threads}"
+        path = RESULTS / f"{machine['slug']}{threads}.json"
         _merge(path, machine, timed)
         terminalreporter.write_line(f"{len(timed)} rows in {os.path.relpath(path)}")
 
