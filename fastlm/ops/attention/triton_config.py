@@ -1,8 +1,9 @@
 """Sizes of tiles by GPU, head size, dtype and options: a table; nothing is tuned at run time.
 
-Each entry compiles without spilling a register: `python tests/triton_compile.py --all`. An entry
-depends neither on the batch nor on whether it is packed, so that a sequence is summed in the same
-order alone and in any batch.
+Each entry of 16 bits compiles without spilling a register, also with several query heads to a key
+head: `python tests/triton_compile.py --all`; some of float32 spill a few bytes. An entry depends
+neither on the batch nor on whether it is packed, so that a sequence is summed in the same order
+alone and in any batch.
 """
 
 from __future__ import annotations
