@@ -123,7 +123,7 @@ def dkdv_kernel(
         return
     key_heads = heads // group
     b, key_head = (bh // key_heads).to(tl.int64), (bh % key_heads).to(tl.int64)
-    key, m = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, ROWS)
+    key = tile * KEYS + tl.arange(0, KEYS)
     shift = stop - count
     d, e = tl.arange(0, PAD_D)[None, :], tl.arange(0, PAD_DV)[None, :]
     key_place = (origin + key).to(tl.int64)[:, None]
@@ -132,14 +132,16 @@ def dkdv_kernel(
     at = v + b * v_by.batch + key_head * v_by.head + key_place * v_by.row + e
     values = load(at, key, first, stop, DV, PAD_DV, True)
     n0, n1 = tl.maximum(tile * KEYS, first), tl.minimum(tile * KEYS + KEYS, stop)
-    begin, inner, outer, end = row_tiles(
-        count, n0, n1, shift, left, right, HAS_LEFT, HAS_RIGHT, ROWS
-    )
-    place = (row0 + m).to(tl.int64)
     acc_k = tl.zeros((KEYS, PAD_D), tl.float32)
     acc_v = tl.zeros((KEYS, PAD_DV), tl.float32)
-    for member in range(group):
+    for member in tl.range(0, group, disable_licm=True):
         h = key_head * group + member
+        # 0, which no compiler knows: hoisted out of the loop, what follows from it spills
+        zero = member // group
+        m = tl.arange(0, ROWS) + zero
+        begin, inner, outer, end = row_tiles(
+            count + zero, n0, n1, shift, left, right, HAS_LEFT, HAS_RIGHT, ROWS
+        )
         if mask.lo is not None:
             found = ranges + (b * range_by[0] + h * range_by[1] + slot) * 4
             begin, inner = tl.load(found), tl.load(found + 1)
@@ -150,6 +152,7 @@ def dkdv_kernel(
             slope = tl.load(extra.slopes + b * per.slope_batch + h)
         if extra.bias is not None:
             bias = bias_of(extra, per, b, h, row0, origin)
+        place = (row0 + m).to(tl.int64)
         q_at = q + b * q_by.batch + h * q_by.head + place[:, None] * q_by.row + d
         g_at = dout + ((b * rows + place) * heads + h)[:, None] * DV + e
         first_row = (b * heads + h) * rows + row0
@@ -158,7 +161,7 @@ def dkdv_kernel(
             if part == 1 or (HAS_RIGHT if part == 0 else HAS_LEFT) or mask.lo is not None:
                 since = begin if part == 0 else (inner if part == 1 else outer)
                 until = inner if part == 0 else (outer if part == 1 else end)
-                for index in tl.range(since, until, num_stages=STAGES):
+                for index in tl.range(since, until, num_stages=STAGES, disable_licm=True):
                     step = tl.full((), 0, tl.int64) + index * ROWS
                     row = index * ROWS + m
                     inside = row < count
@@ -213,9 +216,13 @@ def dkdv_kernel(
                         ds = ds * (1.0 - squashed * squashed)
                     acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
     inside = ((key >= first) & (key < stop))[:, None]
-    out_place = ((b * keys + key_place) * key_heads) + key_head
-    tl.store(dk + out_place * D + d, (acc_k * scale).to(dk.dtype.element_ty), mask=inside & (d < D))
-    tl.store(dv + out_place * DV + e, acc_v.to(dv.dtype.element_ty), mask=inside & (e < DV))
+    # anew from one number on: kept through the loop, the places of the keys spill
+    first_place = (b * keys + origin + tile * KEYS) * key_heads + key_head
+    n = tl.arange(0, KEYS)[:, None] * key_heads
+    dk += first_place * D
+    dv += first_place * DV
+    tl.store(dk + n * D + d, (acc_k * scale).to(dk.dtype.element_ty), mask=inside & (d < D))
+    tl.store(dv + n * DV + e, acc_v.to(dv.dtype.element_ty), mask=inside & (e < DV))
 
 
 @triton.jit(do_not_specialize=VARYING)
