@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 from backends import on_backends
-from test_nn_gru_torch import strided_variants, torch_modules
 from torch import Tensor, nn
-from torch.testing._internal.common_utils import gradcheck
+from torch_samples import gradcheck, strided_variants, torch_modules
 
 import fastlm
 from fastlm import AttnMask, dispatch, testing

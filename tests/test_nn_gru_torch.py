@@ -6,11 +6,7 @@ Samples, error samples and reference functions are those of torch.testing._inter
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
-import sys
-import types
-import unittest
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,17 +15,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
+from torch_samples import gradcheck, gradgradcheck, strided_variants, torch_modules
 
 import fastlm
-
-if importlib.util.find_spec("expecttest") is None:
-    # torch's helpers import it for a base class of test cases that is not used here
-    stand_in = types.ModuleType("expecttest")
-    stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
-    sys.modules["expecttest"] = stand_in
-
-from torch.testing._internal import common_modules as torch_modules  # noqa: E402
-from torch.testing._internal.common_utils import gradcheck, gradgradcheck  # noqa: E402
 
 INFOS = {
     "GRU": torch_modules.ModuleInfo(
@@ -149,16 +137,6 @@ def test_pickle_and_save(name: str, training: bool) -> None:
         torch.testing.assert_close(called(again, sample), want, rtol=0, atol=0)
         torch.testing.assert_close(called(copy.deepcopy(module), sample), want, rtol=0, atol=0)
         assert module.state_dict().keys() == again.state_dict().keys()
-
-
-def strided_variants(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The same values: alternate elements of a larger tensor, and a transposed copy."""
-    wide = torch.zeros(*value.shape, 2, dtype=value.dtype)
-    wide[..., 0] = value.detach()
-    yield wide[..., 0].requires_grad_(value.requires_grad)
-    if value.dim() > 1:
-        turned = value.detach().transpose(0, 1).contiguous().transpose(0, 1)
-        yield turned.requires_grad_(value.requires_grad)
 
 
 @every_module
