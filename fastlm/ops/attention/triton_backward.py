@@ -172,15 +172,9 @@ def dkdv_kernel(
                     low, high = row, row
                     if part != 1:
                         low, high = intervals(
-                            row,
-                            count,
-                            mask,
-                            lo_at,
-                            (origin, first, stop),
-                            (left, right),
-                            HAS_LEFT,
-                            HAS_RIGHT,
-                        )
+                            row, count, mask, lo_at, (origin, first, stop), (left, right),
+                            HAS_LEFT, HAS_RIGHT,
+                        )  # fmt: skip
                     s, squashed = score(
                         tl.dot(keys_here, tl.trans(query), input_precision=PRECISION),
                         (
