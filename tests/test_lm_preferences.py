@@ -188,4 +188,4 @@ def test_check_counts_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "q.jsonl").write_text('{"prompt": "p", "a": "x"}')
     label = ["prefs", "label", str(tmp_path / "q.jsonl"), "--out", str(out)]
     assert cli.main(label) == 3
-    assert "needs prompt, a and b" in capsys.readouterr().err
+    assert "no column 'b'" in capsys.readouterr().err

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .errors import CheckpointError, MissingExtra
+from .config import difference
+from .errors import CheckpointError, MissingExtra, UsageError
 from .tokenizer import Tokenizer
 
 MODEL = "model.safetensors"
@@ -168,6 +169,21 @@ def find(path: Path) -> Checkpoint:
 def prune(run: Path, keep: int) -> None:
     for path in all_in(run)[keep:]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def require_same(saved: Checkpoint, now: dict[str, Any], allow: tuple[str, ...]) -> None:
+    """Refuse to continue with another configuration, but for the keys in `allow`.
+
+    Raises:
+        UsageError: the message lists the differences.
+    """
+    lines = difference(saved.state["config"], now)
+    refused = [line for line in lines if line.split(":")[0].split(".")[-1] not in allow]
+    if refused:
+        raise UsageError(
+            f"{saved.path} was written with another configuration: {'; '.join(refused)}. "
+            "Use another --out, or --allow-change"
+        )
 
 
 def load_parameters(module: nn.Module, checkpoint: Checkpoint) -> None:

@@ -35,14 +35,9 @@ def _config(args: argparse.Namespace) -> preparation.DataConfig:
         changes = cleaning.Cleaning(
             mojibake=args.fix_encoding, punctuation=args.drop_punctuation, stop_words=words
         )
-    holdout: str | float | None = getattr(args, "holdout", None)
-    try:
-        holdout = None if holdout is None else float(holdout)
-    except ValueError:
-        pass  # the name of a document
     return preparation.DataConfig(
         tuple(args.paths) or None,
-        holdout,
+        preparation.held_out_of(getattr(args, "holdout", None)),
         getattr(args, "tokenizer", "auto"),
         getattr(args, "vocab", 2048),
         changes,

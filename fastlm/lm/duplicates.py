@@ -43,9 +43,11 @@ def _mixed(values: Words) -> Words:
 
 
 class Signature:
-    """MinHash of the runs of `SHINGLE` words of one document, built from its pieces."""
+    """sha256 and, with `near`, MinHash of the runs of `SHINGLE` words of one document, built from
+    its pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: bool = True) -> None:
+        self._near = near
         self._least = np.full(HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
         self._tail = np.empty(0, dtype=np.uint64)
         self._cut = ""
@@ -54,6 +56,8 @@ class Signature:
 
     def add(self, piece: str) -> None:
         self._digest.update(piece.encode("utf-8", "surrogatepass"))
+        if not self._near:
+            return
         text = self._cut + piece.lower()
         # the last word may go on in the next piece
         end = len(text)

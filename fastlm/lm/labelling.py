@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import files
+from . import files, sources
 from .errors import InputError
 from .preferences import check_provenance
 
@@ -45,22 +45,11 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         InputError: a line has not, or there is none.
     """
-    found = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            found.append(Question(record["prompt"], record["a"], record["b"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: line {number}: needs prompt, a and b ({error})") from None
-    if not found:
-        raise InputError(f"{path}: no question in it")
-    return found
+    columns, tally = ["prompt", "a", "b"], sources.Tally()
+    found = list(sources.records(path, sources.Reading("jsonl"), tally, columns))
+    for example in tally.examples.values():  # a question nobody is asked would not be noticed
+        raise InputError(f"{example}: needs the texts prompt, a and b")
+    return [Question(**record) for _, record in found]
 
 
 class Answers:

@@ -13,7 +13,7 @@ import torch
 
 from . import checkpoint, errors, generation, labelling, policy, preferences, reward, rollouts
 from .kinds import LanguageModel
-from .preparation import DataConfig, Prepared, prepare
+from .preparation import DataConfig, Prepared, held_out_of, prepare
 from .progress import Reporter
 from .tokenizer import Tokenizer
 
@@ -67,11 +67,7 @@ def open_model(
     model, tokenizer = generation.load_checkpoint(saved)
     settings = saved.state.get("settings", {})
     paths = tuple(data) if data is not None else settings.get("data")
-    which: str | float | None = holdout if holdout is not None else settings.get("holdout")
-    try:
-        which = None if which is None else float(which)
-    except ValueError:
-        pass  # the name of a document
+    which = held_out_of(settings.get("holdout") if holdout is None else holdout)
     config = DataConfig(
         None if paths is None else tuple(paths), which, tokenizer.kind, settings.get("vocab", 2048)
     )

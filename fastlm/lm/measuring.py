@@ -131,7 +131,7 @@ def cross_validate(
 ) -> dict[str, dict[str, float]]:
     """{kind: {held-out document: bits per byte}}: every document is held out once, the tokenizer
     learned without it too, and every kind gets the same budget."""
-    names = list(data.load(data.paths_of(recipe.data)).names())
+    names = [name for name, _ in sources.read(data.paths_of(recipe.data))]
     if len(names) < 2:
         raise errors.InputError("cross-validation needs at least 2 documents")
     found: dict[str, dict[str, float]] = {kind: {} for kind in kinds}

@@ -27,7 +27,6 @@ import fastlm
 
 from . import checkpoint, files, metrics, rollouts
 from .budget import Budget
-from .config import difference
 from .errors import InputError, TrainingError, UsageError
 from .interrupt import Interrupt
 from .kinds import LanguageModel
@@ -370,12 +369,7 @@ class PolicyGradient:
         Raises:
             UsageError: the configuration differs; the message lists the differences.
         """
-        lines = difference(saved.state["config"], self.described())
-        refused = [line for line in lines if line.split(":")[0].split(".")[-1] not in allow]
-        if refused:
-            raise UsageError(
-                f"{saved.path} was written with another configuration: {'; '.join(refused)}"
-            )
+        checkpoint.require_same(saved, self.described(), allow)
         checkpoint.load_parameters(self.model, saved)
         tensors = saved.tensors(checkpoint.TRAINING)
         checkpoint.load_optimizer(self.optimizer, tensors)

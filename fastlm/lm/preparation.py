@@ -14,6 +14,14 @@ from .errors import InputError, MissingExtra
 VERSION = 2
 
 
+def held_out_of(text: str | None) -> str | float | None:
+    """What an option says: a share, or the name of a document."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """`paths` None: the shipped novels. `holdout`: a document's name or a share in (0, 1)."""

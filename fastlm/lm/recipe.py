@@ -13,7 +13,7 @@ from .cleaning import Cleaning
 from .config import TrainConfig
 from .errors import CheckpointError, UsageError
 from .kinds import KINDS, LanguageModel
-from .preparation import DataConfig
+from .preparation import DataConfig, held_out_of
 from .store import TokenStore
 
 _TRAIN = {field.name for field in fields(TrainConfig)}
@@ -92,12 +92,8 @@ class Recipe:
             ) from None
 
     def data_config(self) -> DataConfig:
-        holdout: str | float | None = self.holdout
-        try:
-            holdout = None if self.holdout is None else float(self.holdout)
-        except ValueError:
-            pass  # the name of a document
         cleaning = Cleaning() if self.clean else Cleaning.off()
+        holdout = held_out_of(self.holdout)
         return DataConfig(self.data, holdout, self.tokenizer, self.vocab, cleaning)
 
     def train_config(self) -> TrainConfig:

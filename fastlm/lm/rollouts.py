@@ -14,11 +14,11 @@ import fastlm
 
 from .errors import InputError
 from .kinds import LanguageModel
+from .pairs import IGNORED
 from .preferences import Preference
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
-IGNORED = -100
 ROWS = 64  # continued at once
 
 

@@ -19,9 +19,9 @@ import fastlm
 
 from .errors import InputError, UsageError
 from .kinds import LanguageModel
+from .pairs import IGNORED
 from .tokenizer import Tokenizer
 
-IGNORED = -100
 ROWS = 32  # sentences scored at once
 LEAST_TOKENS = 5  # what is shorter is a heading, a date or an exclamation
 

@@ -128,7 +128,7 @@ def build(
         for name, pieces in sources.read(paths, reading, tally):
             report.read += 1
             start, characters, visible = file.tell(), 0, False
-            signature = duplicates.Signature()
+            signature = duplicates.Signature(keep.near is not None)
             for piece in cleaner.pieces(pieces):
                 file.write(piece.encode("utf-8", "replace"))
                 signature.add(piece)
@@ -229,7 +229,11 @@ def statistics(store: TextStore) -> dict[str, Any]:
     for document in store.documents:
         sizes.append((document.bytes, document.name))
         rest = ""
+        # a last line end completes the last word
         for piece in itertools.chain(document.pieces(), ("\n",)):
+            characters += len(piece)
+            lines += piece.count("\n")
+            alphabet.update(piece)
             text = rest + piece
             # the last word may go on in the next piece; what is longer than this is no word
             cut = max(text.rfind(" "), text.rfind("\n")) + 1
@@ -238,11 +242,10 @@ def statistics(store: TextStore) -> dict[str, Any]:
             found = text[:cut].lower().split()
             words += len(found)
             vocabulary.update(word.strip(MARKS)[:LONGEST_WORD] for word in found)
-        for piece in document.pieces():
-            characters += len(piece)
-            lines += piece.count("\n")
-            alphabet.update(piece)
     vocabulary.pop("", None)
+    added = len(sizes)
+    characters, lines, alphabet["\n"] = characters - added, lines - added, alphabet["\n"] - added
+    alphabet = +alphabet
     largest = max(sizes)
     return {
         "documents": len(sizes),

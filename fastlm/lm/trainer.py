@@ -165,13 +165,7 @@ class Trainer:
         Raises:
             UsageError: the configuration differs elsewhere; the message lists the differences.
         """
-        lines = difference(saved.state["config"], self.described())
-        refused = [line for line in lines if line.split(":")[0].split(".")[-1] not in allow]
-        if refused:
-            raise UsageError(
-                f"{saved.path} was written with another configuration: {'; '.join(refused)}. "
-                "Use another --out, or --allow-change"
-            )
+        checkpoint.require_same(saved, self.described(), allow)
         checkpoint.load_parameters(self.model, saved)
         tensors = saved.tensors(checkpoint.TRAINING)
         checkpoint.load_optimizer(self.optimizer, tensors)

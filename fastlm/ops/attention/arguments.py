@@ -12,6 +12,16 @@ from .mask import AttnMask, Limits, coordinates, side
 LAYOUTS = {"bshd": "[B, S, H, D]", "bhsd": "[B, H, S, D]", "thd": "[T, H, D]"}
 
 
+def last_contiguous(x: Tensor) -> Tensor:
+    """Kernels read the elements of a head one after another; all other strides are free."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def floats(x: Tensor | None) -> Tensor | None:
+    """An option of one number a head, as kernels read it."""
+    return None if x is None else x.float().contiguous()
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, extension
+from .arguments import floats, last_contiguous
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,15 +17,6 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
     if q.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, not {checks.short(q.dtype)}"
     return None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The last dimension contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
 
 
 def _options(
@@ -44,7 +36,7 @@ def _options(
 ) -> tuple[Any, ...]:
     if lo is not None and hi is not None and lo.stride() != hi.stride():
         lo, hi = lo.contiguous(), hi.contiguous()
-    slopes = _floats(alibi_slopes)
+    slopes = floats(alibi_slopes)
     if bias is not None:
         if bias.dtype not in _DTYPES:
             bias = bias.float()
@@ -57,7 +49,7 @@ def _options(
         None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
         slopes if slopes is None or slopes.dim() == 2 else slopes[None],
-        _floats(sink),
+        floats(sink),
         bias,
         0 if seed is None else int(seed),
         scale,
@@ -73,7 +65,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tenso
     out = q.new_empty(batch, rows, heads, v.shape[3])
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     run = extension.raw("attention_forward")
-    run(_rows(q), _rows(k), _rows(v), *_options(*given), out, lse)
+    run(last_contiguous(q), last_contiguous(k), last_contiguous(v), *_options(*given), out, lse)
     return out, lse
 
 
@@ -86,9 +78,9 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
         for x, need in zip(given[4:7], needs, strict=True)
     )
     extension.raw("attention_backward")(
-        _rows(dout),
+        last_contiguous(dout),
         None if dlse is None else dlse.contiguous(),
-        *(_rows(x) for x in (q, k, v, out)),
+        *(last_contiguous(x) for x in (q, k, v, out)),
         lse.contiguous(),
         *_options(*given),
         dq,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch, extension, library, triton_backend
+from ..attention.arguments import floats, last_contiguous
 from . import arguments, reference
 
 _SHARED = (
@@ -67,32 +68,23 @@ def _reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *gi
     return reference.forward(q, k_cache, v_cache, lengths, reference.Options(*given))
 
 
-def _reference_append(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    lengths: Tensor,
-    *given: Any,
-) -> Result:
+def _append(
+    k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor, lengths: Tensor, *given: Any
+) -> tuple[Tensor, reference.Options]:
+    """Checks, then writes; the lengths after it, and the options."""
     arguments.check_values(k_cache, k_new.shape[1], lengths, *given[:3])
     options = reference.Options(*given)
     reference.append(k_cache, v_cache, k_new, v_new, lengths, options)
     _bump(k_cache, v_cache)
-    total = reference.extended(lengths, k_new.shape[1])
-    return reference.forward(q, k_cache, v_cache, total, options)
+    return reference.extended(lengths, k_new.shape[1]), options
+
+
+def _reference_append(q: Tensor, k_cache: Tensor, v_cache: Tensor, *given: Any) -> Result:
+    lengths, options = _append(k_cache, v_cache, *given)
+    return reference.forward(q, k_cache, v_cache, lengths, options)
 
 
 _RAW: Any = None if extension.unavailable else extension.raw("decode_attention")
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
 
 
 def _cpu_both(
@@ -114,14 +106,14 @@ def _cpu_both(
     lse = torch.empty(batch, heads, rows)
     given = (
         lengths.contiguous(),
-        table if table is None else _last_contiguous(table),
+        table if table is None else last_contiguous(table),
         row if row is None else row.contiguous(),
         pad if pad is None else pad.contiguous(),
-        _floats(slopes),
-        _floats(sink),
+        floats(slopes),
+        floats(sink),
         *numbers[:-1],
     )
-    done = _RAW(_last_contiguous(q), k_cache, v_cache, k_new, v_new, *given, out, lse)
+    done = _RAW(last_contiguous(q), k_cache, v_cache, k_new, v_new, *given, out, lse)
     if not done:
         count = 0 if k_new is None else k_new.shape[1]
         arguments.check_values(k_cache, count, lengths, table, row, pad)
@@ -130,7 +122,7 @@ def _cpu_both(
 
 
 def _cpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, *given: Any) -> Result:
-    return _cpu_both(q, _last_contiguous(k_cache), _last_contiguous(v_cache), None, None, *given)
+    return _cpu_both(q, last_contiguous(k_cache), last_contiguous(v_cache), None, None, *given)
 
 
 def _cpu_append(
@@ -144,7 +136,7 @@ def _cpu_append(
 ) -> Result:
     _bump(k_cache, v_cache)
     if k_cache.stride(-1) == v_cache.stride(-1) == 1:
-        new = _last_contiguous(k_new), _last_contiguous(v_new)
+        new = last_contiguous(k_new), last_contiguous(v_new)
         return _cpu_both(q, k_cache, v_cache, *new, lengths, *given)
     arguments.check_values(k_cache, k_new.shape[1], lengths, *given[:3])
     reference.append(k_cache, v_cache, k_new, v_new, lengths, reference.Options(*given))
@@ -164,23 +156,11 @@ def _triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *given
     return triton_kernels.forward(q, k_cache, v_cache, lengths, reference.Options(*given))
 
 
-def _triton_append(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    lengths: Tensor,
-    *given: Any,
-) -> Result:
+def _triton_append(q: Tensor, k_cache: Tensor, v_cache: Tensor, *given: Any) -> Result:
     from . import triton_kernels
 
-    arguments.check_values(k_cache, k_new.shape[1], lengths, *given[:3])
-    options = reference.Options(*given)
-    reference.append(k_cache, v_cache, k_new, v_new, lengths, options)
-    _bump(k_cache, v_cache)
-    total = reference.extended(lengths, k_new.shape[1])
-    return triton_kernels.forward(q, k_cache, v_cache, total, options)
+    lengths, options = _append(k_cache, v_cache, *given)
+    return triton_kernels.forward(q, k_cache, v_cache, lengths, options)
 
 
 def _triton_refuses(q: Tensor, v_cache: Tensor, **_: Any) -> str | None:

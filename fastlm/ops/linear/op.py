@@ -38,9 +38,9 @@ _FORWARD = library.define(
 
 
 def _cpu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = input.new_empty(input.shape[0], weight.shape[0])
-    bias = None if bias is None else bias.contiguous()
-    return matmul.own_into(out, input, weight.t(), bias)
+    return matmul.own_into(
+        input.new_empty(input.shape[0], weight.shape[0]), input, weight.t(), bias
+    )
 
 
 def _cpu_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
