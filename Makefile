@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
+# test files side by side; each process computes on all cores, so waiting must not spin
+JOBS   ?= 2
 SOURCES := $(shell find csrc -type f) setup.py
 # pip leaves byte-compiling to the first import (it halves the set-up); the result must be kept
 unexport PYTHONDONTWRITEBYTECODE
@@ -14,7 +16,7 @@ demo: fastlm/_C.so
 	$(PY) -m fastlm.lm demo $(ARGS)
 
 test: check
-	$(PY) -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 check: fastlm/_C.so
 	$(PY) -m ruff check .
