@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from . import (
+    checkpoint,
     data,
     errors,
     files,
     generation,
     learning,
     metrics,
+    pairdata,
     preparation,
     rollouts,
     sources,
@@ -27,7 +29,7 @@ from . import (
 )
 from . import store as stores
 from . import summarize as extracts
-from .evaluation import Score, by_document
+from .evaluation import Score, by_document, evaluate
 from .kinds import LanguageModel
 from .progress import Reporter
 from .recipe import DEFAULTS, Recipe
@@ -117,7 +119,27 @@ def _report(
     return errors.OK
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """What the options of its training were."""
+    found: dict[str, Any] = checkpoint.find(path).state.get("settings", {})
+    return found
+
+
+def _eval_pairs(
+    args: argparse.Namespace, recipe: Recipe, reporter: Reporter, print_json: PrintJSON
+) -> int:
+    model, tokenizer = generation.load(args.model)
+    prepared = pairdata.prepare(recipe.pair_config(), tokenizer)
+    found = evaluate(model, prepared.tokens, tokenizer)
+    reporter.line(f"{len(prepared.tokens.rows('held')):,} held-out pairs: {found}")
+    if args.json:
+        print_json({"pairs": len(prepared.tokens.rows("held")), **found.to_json()})
+    return errors.OK
+
+
 def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    if not args.paths and (settings := _settings(args.model)).get("pairs") is not None:
+        return _eval_pairs(args, Recipe.of(settings, {}), reporter, print_json)
     if not args.paths:
         model, tokenizer, prepared = learning.open_model(args.model, None, None)
         return _report(args, model, tokenizer, prepared.tokens, reporter, print_json)

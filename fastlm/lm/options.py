@@ -26,6 +26,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="text files or folders (default: six novels by Jane Austen)",
     )
+    _pair_options(parser)
+    option("--init", str, "start from this run or model, with its tokenizer", "DIR")
     option("--holdout", str, "document to hold out, or a share such as 0.1", "NAME")
     parser.add_argument(
         "--tokenizer", choices=("auto", "bpe", "bytes"), default=UNSET, help="default: auto"
@@ -54,7 +56,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--dropout", float, "dropout (0)", "P")
     parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
     option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
-    option("--lr", float, "peak learning rate (4e-3)", "LR")
+    option("--lr", float, "peak learning rate (4e-3; 1e-3 with --init)", "LR")
     option("--batch", int, "rows (GRU 32, Transformer 8)")
     option("--seq", int, "tokens per row and step (GRU 64, Transformer 128)")
     option("--warmup", float, "share of the budget (0.02)", "P")
@@ -65,6 +67,34 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--evals", int, "evaluations during training (10)")
     option("--eval-tokens", int, "held-out tokens of each but the last (32768)")
     option("--seed", int, "seed (0)")
+
+
+def _pair_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=UNSET,
+        metavar="FILE",
+        help="prompts and targets instead of text: JSON lines or CSV; only targets are learned",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("pairs", "qa", "translation", "summary"),
+        default=UNSET,
+        help="their columns: prompt target, question answer, source target, text summary (pairs)",
+    )
+    parser.add_argument(
+        "--group",
+        default=UNSET,
+        metavar="COLUMN",
+        help="pairs equal in it are held out together (equal prompts are)",
+    )
+    parser.add_argument(
+        "--longest", type=int, default=UNSET, metavar="N", help="tokens of a pair (512)"
+    )
+    parser.add_argument(
+        "--learn", choices=("targets", "all"), default=UNSET, help="all: the prompts too"
+    )
 
 
 def _reading_options(parser: argparse.ArgumentParser) -> None:
