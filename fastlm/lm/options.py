@@ -266,11 +266,29 @@ def _measuring_commands(commands: Any) -> None:
 
     summarize = commands.add_parser("summarize", help="the sentences that tell most of a text")
     summarize.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    summarize.add_argument("path", metavar="PATH", help="text, - for standard input")
-    summarize.add_argument("--sentences", type=int, default=3, metavar="N")
+    summarize.add_argument("path", nargs="?", metavar="PATH", help="text, - for standard input")
+    summarize.add_argument("--sentences", type=int, metavar="N", help="(3; 1 of --pairs)")
+    summarize.add_argument(
+        "--abstractive",
+        action="store_true",
+        help="in the model's own words: one trained with --pairs FILE --format summary",
+    )
+    summarize.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    summarize.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token"
+    )
+    summarize.add_argument("--seed", type=int, default=0)
     summarize.add_argument(
         "--reference", type=Path, metavar="FILE", help="a summary to compare with, by ROUGE"
     )
+    summarize.add_argument(
+        "--pairs", nargs="+", metavar="FILE",
+        help="texts with summaries: ROUGE of those held out, beside that of the first sentence",
+    )  # fmt: skip
+    summarize.add_argument("--group", metavar="COLUMN", help="as in training (default: as there)")
+    summarize.add_argument("--holdout", metavar="SHARE", help="as in training (default: as there)")
+    summarize.add_argument("--split", choices=("held", "train", "all"), default="held")
+    summarize.add_argument("--count", type=int, metavar="N", help="only the first of them")
     _output_options(summarize)
 
 

@@ -120,8 +120,8 @@ def hold_out(groups: Sequence[str], share: float) -> NDArray[np.bool_]:
     if len(where) < 2:
         raise InputError(f"{len(groups)} pairs of one group: nothing can be held out")
     least, most = min(where.values()), max(where.values())
-    held = [(place < share or place == least) and place != most for place in map(where.get, groups)]
-    return np.array(held)
+    places = [where[group] for group in groups]
+    return np.array([(at < share or at == least) and at != most for at in places])
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, tail: int, room: int) -> NDArray[np.int64]:
@@ -322,6 +322,10 @@ class PairBatches(Order):
         lengths = np.asarray(store.places[:, 2] - store.places[:, 0])
         super().__init__(chosen, batch=batch, seed=seed, lengths=lengths)
         self._store = store
+        targets = np.asarray(store.places[:, 2] - store.places[:, 1])
+        self.learned_share = 1.0
+        if store.learn == "targets":
+            self.learned_share = float(targets[chosen].sum() / lengths[chosen].sum())
         self.tokens_per_step = float(lengths[chosen].mean()) * min(batch, len(chosen))
 
     def next(self) -> tuple[Tensor, Tensor, bool]:

@@ -311,6 +311,8 @@ class Trainer:
     def _show(self, loss: float, steps_per_second: float) -> None:
         counters = self.counters
         speed = steps_per_second * self.lanes.tokens_per_step
+        sizes = self.model.config
+        idle = 6 * sizes.hidden_size * sizes.vocab_size * (1.0 - self.lanes.learned_share)
         progress = Progress(
             step=counters.steps,
             share=self.budget.share(counters.steps, counters.seconds),
@@ -319,7 +321,7 @@ class Trainer:
             bits_per_byte=counters.loss_ema * self._bits_per_nat,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=speed,
-            gemm_share=speed * self.model.config.flops_per_token() / machine.gemm_rate(),
+            gemm_share=speed * (sizes.flops_per_token() - idle) / machine.gemm_rate(),
             peak_bytes=machine.peak_memory(),
             seconds_left=self.budget.seconds_left(counters.steps, counters.seconds),
         )
