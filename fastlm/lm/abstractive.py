@@ -107,7 +107,9 @@ class Comparison:
         return asdict(self)
 
 
-def compare(made: Sequence[str], texts: Sequence[str], references: Sequence[str]) -> Comparison:
+def rouge_beside_lead(
+    made: Sequence[str], texts: Sequence[str], references: Sequence[str]
+) -> Comparison:
     """Summaries against what people wrote, beside the first sentence of each text."""
     if not texts:
         raise InputError("no text to summarise")

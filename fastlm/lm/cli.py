@@ -181,6 +181,12 @@ def _rl(args: argparse.Namespace) -> int:
     return learning.policy_command(args, _reporter(args), _print_json)
 
 
+def _dpo(args: argparse.Namespace) -> int:
+    from . import dpocommand
+
+    return dpocommand.command(args, _reporter(args), _print_json)
+
+
 def _measure(args: argparse.Namespace) -> int:
     from . import measuring
 
@@ -195,6 +201,7 @@ _COMMANDS = {
     "prefs": _prefs,
     "reward": _reward,
     "rl": _rl,
+    "dpo": _dpo,
     "eval": _measure,
     "cv": _measure,
     "summarize": _measure,

@@ -131,7 +131,7 @@ def _eval_pairs(
     args: argparse.Namespace, recipe: Recipe, reporter: Reporter, print_json: PrintJSON
 ) -> int:
     model, tokenizer = generation.load(args.model)
-    prepared = pairdata.prepare(recipe.pair_config(), tokenizer)
+    prepared = pairdata.prepare_pairs(recipe.pair_config(), tokenizer)
     found = evaluate(model, prepared.tokens, tokenizer)
     reporter.line(f"{len(prepared.tokens.rows('held')):,} held-out pairs: {found}")
     if args.json:
@@ -262,7 +262,7 @@ def _summarize_pairs(args: argparse.Namespace, reporter: Reporter, print_json: P
         reporter.line("note: this model was not trained on pairs")
     pairs_texts = [abstractive.text_of(pair) for pair in found]
     made = _summaries(args, model, tokenizer, pairs_texts, args.sentences or 1)
-    compared = abstractive.compare(made, pairs_texts, [pair.target for pair in found])
+    compared = abstractive.rouge_beside_lead(made, pairs_texts, [pair.target for pair in found])
     for pair, summary in list(zip(found, made, strict=True))[:SHOWN]:
         reporter.line(f"wanted: {pair.target}\n  made: {summary}")
     for line in compared.lines("abstractive" if args.abstractive else "extractive"):

@@ -244,6 +244,40 @@ def _learning_commands(commands: Any) -> None:
     _output_options(rl)
 
 
+def _dpo_command(commands: Any) -> None:
+    dpo = commands.add_parser("dpo", help="learn from preferences, without writing in between")
+    dpo.add_argument("--model", type=Path, required=True, help="run, checkpoint or model folder")
+    dpo.add_argument("--preferences", nargs="+", required=True, metavar="FILE")
+    dpo.add_argument("--format", choices=("auto", "fastlm", "hh", "messages"), default="auto")
+    dpo.add_argument("--provenance", metavar="KIND:NAME", help="of files without one")
+    dpo.add_argument("--test", nargs="+", metavar="FILE", help="preferences to judge by")
+    dpo.add_argument(
+        "--holdout", type=float, default=0.1, metavar="SHARE",
+        help="of the prompts, to judge by where there is no --test (0.1)",
+    )  # fmt: skip
+    dpo.add_argument("--out", type=Path, required=True, metavar="DIR")
+    dpo.add_argument("--data", nargs="+", metavar="PATH", help="text to measure (the model's own)")
+    dpo.add_argument("--data-holdout", metavar="NAME", help="of it, as the model was trained")
+    dpo.add_argument("--resume", choices=("auto", "never"), default="auto")
+    dpo.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
+
+    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
+        dpo.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
+
+    option("--loss", str, "dpo (default), ipo, hinge, simpo, orpo or cpo", "NAME")
+    option("--beta", float, "strength (0.1; simpo 2)", "B")
+    option("--gamma", float, "margin of simpo (0.5)", "G")
+    option("--label-smoothing", float, "chance that a label is wrong: dpo, simpo, cpo (0)", "P")
+    option("--budget", str, "such as 1epochs, 200steps or 60s (1epochs)", "B")
+    option("--batch", int, "preferences of a step (16)")
+    option("--lr", float, "peak learning rate (3e-4)", "LR")
+    option("--longest", int, "tokens of a prompt and its text (512)")
+    option("--end", str, "learn where a text ends: auto (not of human-over-model), yes, no", "E")
+    option("--evals", int, "judgements during training (4)")
+    option("--seed", int, "seed (0)")
+    _output_options(dpo)
+
+
 def _measuring_commands(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="bits per byte of text, document by document")
     evaluate.add_argument("model", type=Path, help="run, checkpoint or model folder")
@@ -340,6 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     _data_commands(commands)
     _prefs_commands(commands)
     _learning_commands(commands)
+    _dpo_command(commands)
     _measuring_commands(commands)
     commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
 

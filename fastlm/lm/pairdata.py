@@ -77,7 +77,7 @@ def _open(path: Path, learn: str) -> PreparedPairs | None:
         return None
 
 
-def prepare(
+def prepare_pairs(
     config: PairConfig, given: tokenizer.Tokenizer | None = None, cache: Path | None = None
 ) -> PreparedPairs:
     """Read, split, train a tokenizer on the training part (or take the one given), encode.

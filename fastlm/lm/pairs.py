@@ -137,12 +137,11 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, tail: int, room: int) -> NDArr
 
 
 def encode(
-    tokenizer: Tokenizer, pair: Pair, longest: int, end: bool = True
+    tokenizer: Tokenizer, pair: Pair, longest: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
     """(prompt, target and `end`, whether something was cut): at most `longest` tokens, of which
     the prompt loses its own first, then the target those behind."""
-    target = tokenizer.encode(pair.target)
-    target = np.append(target, tokenizer.end) if end else target
+    target = np.append(tokenizer.encode(pair.target), tokenizer.end)
     fitted = target[: longest - 1]
     prompt = prompt_ids(tokenizer, pair.prompt, pair.tail, longest - len(fitted))
     whole = len(tokenizer.encode(pair.prompt)) + len(target)

@@ -104,7 +104,7 @@ def prepare(
 ) -> preparation.Prepared | pairdata.PreparedPairs:
     """The text or pairs of a recipe as tokens, of the tokenizer given if there is one."""
     if recipe.pairs is not None:
-        return pairdata.prepare(recipe.pair_config(), given)
+        return pairdata.prepare_pairs(recipe.pair_config(), given)
     return preparation.prepare(recipe.data_config(), given=given)
 
 
