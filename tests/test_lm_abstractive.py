@@ -45,7 +45,7 @@ def test_completions_are_the_likeliest_tokens_of_each_alone(
     model = make()
     with torch.no_grad():  # ends are likely somewhere
         torch.nn.init.normal_(model.head.weight)
-        model.head.bias[TOKENIZER.end] += 4.0
+        model.head.bias[TOKENIZER.end] += 2.0
     monkeypatch.setattr(abstractive, "ROWS", 3)
     prompts = ["a longer prompt", "b", "some", "", "what is", "x" * 60, "TL;DR: "]
     given = [pairs.Pair(prompt, "") for prompt in prompts]
@@ -56,7 +56,7 @@ def test_completions_are_the_likeliest_tokens_of_each_alone(
     for prompt, text in zip(prompts, found, strict=True):
         ids = [*prompt.encode()][-min(room, 20) :] or [TOKENIZER.end]
         assert text == one_by_one(model, ids, 9), prompt
-    assert len(set(found)) > 4 and len({len(text) for text in found}) > 1
+    assert len(set(found)) > 3 and len({len(text) for text in found}) > 1
     drawn = [
         abstractive.completions(
             model, TOKENIZER, given, max_new_tokens=9, longest=20, temperature=1.0, seed=seed
