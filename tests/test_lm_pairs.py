@@ -85,6 +85,61 @@ def test_order_and_cursor(tmp_path: Path, steps: int) -> None:
         assert all(map(torch.equal, batches.next()[:2], other.next()[:2]))
 
 
+def test_a_summary_is_of_the_beginning_of_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "0123456789", "summary": "ab", "at": "x"}))
+    (pair,) = pairs.read([path], "summary", group="at")
+    assert pair == pairs.Pair("0123456789\nTL;DR: ", "ab", "x", 8)
+    prompt, target, cut = pairs.encode(TOKENIZER, pair, 16)
+    assert bytes(prompt.tolist()) == b"01234\nTL;DR: " and len(target) == 3 and cut
+    assert bytes(pairs.prompt_ids(TOKENIZER, pair.prompt, 8, 3).tolist()) == b"R: "
+    whole, _, cut = pairs.encode(TOKENIZER, pair, 21)
+    assert bytes(whole.tolist()) == pair.prompt.encode() and not cut
+
+
+def test_no_group_is_on_both_sides() -> None:
+    groups = [f"document {i % 50}" for i in range(400)]
+    held = pairs.hold_out(groups, 0.3)
+    sides = [{g for g, h in zip(groups, held, strict=True) if h == side} for side in (True, False)]
+    assert not sides[0] & sides[1] and 5 < len(sides[0]) < 25
+    # more data moves nothing
+    more = pairs.hold_out([*groups, *(f"other {i}" for i in range(40))], 0.3)
+    assert (more[:400] == held).all()
+    # a small set still has both
+    for share in (1e-9, 1 - 1e-9):
+        assert sorted(pairs.hold_out(["a", "b"], share)) == [False, True]
+    with pytest.raises(InputError, match="3 pairs of one group"):
+        pairs.hold_out(["a"] * 3, 0.5)
+    with pytest.raises(UsageError, match=r"in \(0, 1\), got 1.5"):
+        pairs.hold_out(["a", "b"], 1.5)
+
+
+def test_prompts_may_count_too(tmp_path: Path) -> None:
+    make(tmp_path, [("abc", "de"), ("f", "g")])
+    targets, whole = pairs.PairStore(tmp_path), pairs.PairStore(tmp_path, "all")
+    tokens, counted = whole.collate([0])
+    assert counted.tolist() == [[*b"bcde", TOKENIZER.end]] and tokens.tolist() == [[*b"abcde"]]
+    assert targets.totals("train")["tokens"] == 5 and targets.totals("train")["bytes"] == 3
+    assert whole.totals("train")["tokens"] == 9 and whole.totals("train")["bytes"] == 7
+    assert targets.totals("train")["prompt_tokens"] == 4 and targets.totals("held")["pairs"] == 0
+    assert targets.token_counts("train").sum() == 5 and whole.token_counts("train").sum() == 9
+    assert targets.sha256 != whole.sha256
+    with pytest.raises(UsageError, match="learn must be one of targets, all"):
+        pairs.PairStore(tmp_path, "prompts")
+
+
+def test_rows_of_a_batch_are_of_similar_length(tmp_path: Path) -> None:
+    store = make(tmp_path, [("p" * (1 + 7 * i % 61), "t") for i in range(61)])
+    lengths = store.places[:, 2] - store.places[:, 0]
+    order = pairs.Order(range(61), batch=4, seed=2, lengths=lengths)
+    first = [order.chosen() for _ in range(order.steps_per_epoch)]
+    assert sorted(row for batch in first for row in batch) == list(range(61))
+    assert max(int(lengths[b].max() - lengths[b].min()) for b in first) <= 8
+    means = [float(lengths[b].mean()) for b in first]
+    assert means != sorted(means)  # short and long ones in turn
+    assert [order.chosen() for _ in range(order.steps_per_epoch)] != first
+
+
 def test_damaged_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no store of pairs"):
         pairs.PairStore(tmp_path)

@@ -64,20 +64,28 @@ def _saved(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from . import checkpoint, preparation, recipe, trainer
+    from . import checkpoint, recipe, starting, tokenizer, trainer
 
     checkpoint.require()
     saved = _saved(args)
     reporter = _reporter(args)
     names = recipe.Recipe.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names}
+    start = starting.start_of(given, saved)
     settings = saved.state.get("settings", {}) if saved is not None else {}
-    chosen = recipe.Recipe.of(settings, given)
-    data = preparation.prepare(chosen.data_config())
-    for line in preparation.describe(data):
+    chosen = recipe.Recipe.of(settings if start is None else start.settings, given)
+    known = None if start is None else start.tokenizer
+    if saved is not None and chosen.init is not None:
+        known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
+    data = starting.prepare(chosen, known)
+    for line in starting.describe(data):
         reporter.line(line)
+    model = chosen.make_model(data.tokens)
+    if start is not None:
+        start.load_into(model)
+        reporter.line(f"starting from {start.saved.path}")
     run = trainer.Trainer(
-        chosen.make_model(data.tokens),
+        model,
         data.tokens,
         data.tokenizer,
         chosen.train_config(),
@@ -173,6 +181,12 @@ def _rl(args: argparse.Namespace) -> int:
     return learning.policy_command(args, _reporter(args), _print_json)
 
 
+def _dpo(args: argparse.Namespace) -> int:
+    from . import dpocommand
+
+    return dpocommand.command(args, _reporter(args), _print_json)
+
+
 def _measure(args: argparse.Namespace) -> int:
     from . import measuring
 
@@ -187,6 +201,7 @@ _COMMANDS = {
     "prefs": _prefs,
     "reward": _reward,
     "rl": _rl,
+    "dpo": _dpo,
     "eval": _measure,
     "cv": _measure,
     "summarize": _measure,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .kinds import LanguageModel
+from .pairs import IGNORED, PairStore
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
@@ -46,14 +47,46 @@ class Score:
 
 def evaluate(
     model: LanguageModel,
-    store: TokenStore,
+    store: TokenStore | PairStore,
     tokenizer: Tokenizer,
     *,
     split: str = "held",
     limit: int | None = None,
 ) -> Score:
-    """Score the first `limit` tokens of a split, as one text."""
+    """Score the first `limit` tokens of a split, as one text; of pairs, what is learned of them."""
+    if isinstance(store, PairStore):
+        return score_pairs(model, store, tokenizer, split=split, limit=limit)
     return score(model, store.first(split, limit), tokenizer)
+
+
+@torch.no_grad()
+def score_pairs(
+    model: LanguageModel,
+    store: PairStore,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "held",
+    limit: int | None = None,
+) -> Score:
+    """Targets after their prompts; a pair that passes `limit` tokens of targets is the last."""
+    sizes = store.places[:, 2] - store.places[:, 1]
+    rows = store.rows(split)
+    if limit is not None:
+        rows = rows[: int(np.searchsorted(np.cumsum(sizes[rows]), limit)) + 1]
+    rows.sort(key=lambda row: store.places[row, 2] - store.places[row, 0])
+    device, bytes_of = next(model.parameters()).device, tokenizer.byte_lengths()
+    was_training = model.training
+    model.eval()
+    nats, count, size = 0.0, 0, 0
+    for start in range(0, len(rows), ROWS):
+        tokens, targets = store.collate(rows[start : start + ROWS])
+        loss, _ = model.loss(tokens.to(device), targets.to(device), None)
+        kept = targets[targets != IGNORED]
+        nats += float(loss) * len(kept)
+        count += len(kept)
+        size += int(bytes_of[kept.numpy()].sum())
+    model.train(was_training)
+    return Score(nats / count, nats / math.log(2) / max(1, size), count, size)
 
 
 def by_document(

@@ -66,12 +66,16 @@ def open_model(
     saved = checkpoint.find(path)
     model, tokenizer = generation.load_checkpoint(saved)
     settings = saved.state.get("settings", {})
+    if settings.get("pairs") is not None and data is None:
+        raise errors.UsageError(f"{path} was trained on pairs; give a text: --data FILE")
     paths = tuple(data) if data is not None else settings.get("data")
     which = held_out_of(settings.get("holdout") if holdout is None else holdout)
     config = DataConfig(
         None if paths is None else tuple(paths), which, tokenizer.kind, settings.get("vocab", 2048)
     )
-    prepared = prepare(config)
+    # a model that started from another one may be asked about any text
+    own = settings.get("init") is not None or settings.get("pairs") is not None
+    prepared = prepare(config, given=tokenizer if own else None)
     if prepared.tokenizer.sha256 != tokenizer.sha256:
         raise errors.InputError(
             f"{path}: the model's tokenizer is not that of this text; give --data and --holdout as "

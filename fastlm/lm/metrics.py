@@ -151,15 +151,24 @@ def repetition(texts: Sequence[str], n: int = 4) -> float:
     return repeated / total if total else 0.0
 
 
-def rouge(candidates: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming, by the package rouge-score."""
+def rouge_scores(candidates: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each pair, stemmed, by the package rouge-score."""
     if len(candidates) != len(references) or not candidates:
         raise InputError(f"ROUGE: {len(candidates)} candidates and {len(references)} references")
     library = _library("rouge_score.rouge_scorer", "ROUGE", "rouge-score")
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = library.RougeScorer(names, use_stemmer=True)
-    totals = dict.fromkeys(names, 0.0)
+    found: dict[str, list[float]] = {name: [] for name in names}
     for candidate, reference in zip(candidates, references, strict=True):
         for name, score in scorer.score(reference, candidate).items():
-            totals[name] += score.fmeasure
-    return {name: total / len(candidates) for name, total in totals.items()}
+            found[name].append(score.fmeasure)
+    return found
+
+
+def means(scores: dict[str, list[float]]) -> dict[str, float]:
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def rouge(candidates: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The means of `rouge_scores`."""
+    return means(rouge_scores(candidates, references))

@@ -26,6 +26,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="text files or folders (default: six novels by Jane Austen)",
     )
+    _pair_options(parser)
+    option("--init", str, "start from this run or model, with its tokenizer", "DIR")
     option("--holdout", str, "document to hold out, or a share such as 0.1", "NAME")
     parser.add_argument(
         "--tokenizer", choices=("auto", "bpe", "bytes"), default=UNSET, help="default: auto"
@@ -54,7 +56,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--dropout", float, "dropout (0)", "P")
     parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
     option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
-    option("--lr", float, "peak learning rate (4e-3)", "LR")
+    option("--lr", float, "peak learning rate (4e-3; 1e-3 with --init)", "LR")
     option("--batch", int, "rows (GRU 32, Transformer 8)")
     option("--seq", int, "tokens per row and step (GRU 64, Transformer 128)")
     option("--warmup", float, "share of the budget (0.02)", "P")
@@ -65,6 +67,34 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--evals", int, "evaluations during training (10)")
     option("--eval-tokens", int, "held-out tokens of each but the last (32768)")
     option("--seed", int, "seed (0)")
+
+
+def _pair_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=UNSET,
+        metavar="FILE",
+        help="prompts and targets instead of text: JSON lines or CSV; only targets are learned",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("pairs", "qa", "translation", "summary"),
+        default=UNSET,
+        help="their columns: prompt target, question answer, source target, text summary (pairs)",
+    )
+    parser.add_argument(
+        "--group",
+        default=UNSET,
+        metavar="COLUMN",
+        help="pairs equal in it are held out together (equal prompts are)",
+    )
+    parser.add_argument(
+        "--longest", type=int, default=UNSET, metavar="N", help="tokens of a pair (512)"
+    )
+    parser.add_argument(
+        "--learn", choices=("targets", "all"), default=UNSET, help="all: the prompts too"
+    )
 
 
 def _reading_options(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +244,40 @@ def _learning_commands(commands: Any) -> None:
     _output_options(rl)
 
 
+def _dpo_command(commands: Any) -> None:
+    dpo = commands.add_parser("dpo", help="learn from preferences, without writing in between")
+    dpo.add_argument("--model", type=Path, required=True, help="run, checkpoint or model folder")
+    dpo.add_argument("--preferences", nargs="+", required=True, metavar="FILE")
+    dpo.add_argument("--format", choices=("auto", "fastlm", "hh", "messages"), default="auto")
+    dpo.add_argument("--provenance", metavar="KIND:NAME", help="of files without one")
+    dpo.add_argument("--test", nargs="+", metavar="FILE", help="preferences to judge by")
+    dpo.add_argument(
+        "--holdout", type=float, default=0.1, metavar="SHARE",
+        help="of the prompts, to judge by where there is no --test (0.1)",
+    )  # fmt: skip
+    dpo.add_argument("--out", type=Path, required=True, metavar="DIR")
+    dpo.add_argument("--data", nargs="+", metavar="PATH", help="text to measure (the model's own)")
+    dpo.add_argument("--data-holdout", metavar="NAME", help="of it, as the model was trained")
+    dpo.add_argument("--resume", choices=("auto", "never"), default="auto")
+    dpo.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
+
+    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
+        dpo.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
+
+    option("--loss", str, "dpo (default), ipo, hinge, simpo, orpo or cpo", "NAME")
+    option("--beta", float, "strength (0.1; simpo 2)", "B")
+    option("--gamma", float, "margin of simpo (0.5)", "G")
+    option("--label-smoothing", float, "chance that a label is wrong: dpo, simpo, cpo (0)", "P")
+    option("--budget", str, "such as 1epochs, 200steps or 60s (1epochs)", "B")
+    option("--batch", int, "preferences of a step (16)")
+    option("--lr", float, "peak learning rate (3e-4)", "LR")
+    option("--longest", int, "tokens of a prompt and its text (512)")
+    option("--end", str, "learn where a text ends: auto (not of human-over-model), yes, no", "E")
+    option("--evals", int, "judgements during training (4)")
+    option("--seed", int, "seed (0)")
+    _output_options(dpo)
+
+
 def _measuring_commands(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="bits per byte of text, document by document")
     evaluate.add_argument("model", type=Path, help="run, checkpoint or model folder")
@@ -236,11 +300,29 @@ def _measuring_commands(commands: Any) -> None:
 
     summarize = commands.add_parser("summarize", help="the sentences that tell most of a text")
     summarize.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    summarize.add_argument("path", metavar="PATH", help="text, - for standard input")
-    summarize.add_argument("--sentences", type=int, default=3, metavar="N")
+    summarize.add_argument("path", nargs="?", metavar="PATH", help="text, - for standard input")
+    summarize.add_argument("--sentences", type=int, metavar="N", help="(3; 1 of --pairs)")
+    summarize.add_argument(
+        "--abstractive",
+        action="store_true",
+        help="in the model's own words: one trained with --pairs FILE --format summary",
+    )
+    summarize.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    summarize.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token"
+    )
+    summarize.add_argument("--seed", type=int, default=0)
     summarize.add_argument(
         "--reference", type=Path, metavar="FILE", help="a summary to compare with, by ROUGE"
     )
+    summarize.add_argument(
+        "--pairs", nargs="+", metavar="FILE",
+        help="texts with summaries: ROUGE of those held out, beside that of the first sentence",
+    )  # fmt: skip
+    summarize.add_argument("--group", metavar="COLUMN", help="as in training (default: as there)")
+    summarize.add_argument("--holdout", metavar="SHARE", help="as in training (default: as there)")
+    summarize.add_argument("--split", choices=("held", "train", "all"), default="held")
+    summarize.add_argument("--count", type=int, metavar="N", help="only the first of them")
     _output_options(summarize)
 
 
@@ -292,6 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     _data_commands(commands)
     _prefs_commands(commands)
     _learning_commands(commands)
+    _dpo_command(commands)
     _measuring_commands(commands)
     commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
 

@@ -77,18 +77,26 @@ def open_folder(path: Path) -> Prepared:
     return Prepared(store.TokenStore(path), tokenizer.load(path / "tokenizer.json"), False)
 
 
-def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
-    """Load, clean, split, train the tokenizer on the training part only, encode.
+def prepare(
+    config: DataConfig, cache: Path | None = None, given: tokenizer.Tokenizer | None = None
+) -> Prepared:
+    """Load, clean, split, train the tokenizer on the training part only (or take the one given),
+    encode.
 
     A folder that `fastlm data tokenize` wrote is taken as it is.
 
     Raises:
-        InputError: a file is unusable, or the held-out document does not exist.
+        InputError: a file is unusable, the held-out document does not exist, or a folder has
+            another tokenizer than the one given.
     """
     if config.paths is not None and len(config.paths) == 1:
         if (Path(config.paths[0]) / store.INDEX).is_file():
-            return open_folder(Path(config.paths[0]))
-    paths, kind = data.paths_of(config.paths), config.tokenizer_kind()
+            ready = open_folder(Path(config.paths[0]))
+            if given is not None and given.sha256 != ready.tokenizer.sha256:
+                raise InputError(f"{config.paths[0]}: tokens of another tokenizer than the model's")
+            return ready
+    paths = data.paths_of(config.paths)
+    kind = config.tokenizer_kind() if given is None else given.sha256
     choices = [asdict(config.cleaning), asdict(config.reading), asdict(config.keep)]
     key = files.digest(
         [VERSION, sources.fingerprint(paths), *choices, kind, config.vocab_size, config.held_out()]
@@ -108,17 +116,22 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Prepared:
                 cleaning=config.cleaning,
                 keep=config.keep,
             )
-            made.append(encode(folder, cleaned, config))
+            made.append(encode(folder, cleaned, config, given))
 
     files.write_folder(path, fill)
     return Prepared(store.TokenStore(path), made[0], False)
 
 
-def encode(folder: Path, cleaned: texts.TextStore, config: DataConfig) -> tokenizer.Tokenizer:
+def encode(
+    folder: Path,
+    cleaned: texts.TextStore,
+    config: DataConfig,
+    given: tokenizer.Tokenizer | None = None,
+) -> tokenizer.Tokenizer:
     """Split, train the tokenizer on the training part only, and write the tokens."""
     train, held = texts.hold_out(cleaned, config.held_out())
-    chosen: tokenizer.Tokenizer = tokenizer.ByteTokenizer()
-    if config.tokenizer_kind() == "bpe":
+    chosen = given or tokenizer.ByteTokenizer()
+    if given is None and config.tokenizer_kind() == "bpe":
         parts = (document.pieces() for document in train)
         chosen = tokenizer.BPETokenizer.train(parts, config.vocab_size)
     counts = {**cleaned.report.counts, **cleaned.report.reasons}

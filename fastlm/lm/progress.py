@@ -44,17 +44,18 @@ def clock(seconds: float) -> str:
 
 
 class Reporter:
-    """Plain lines; `update` prints at most one every `interval` seconds."""
+    """Plain lines; `update` prints at most one every `interval` seconds, of a `Progress` or what
+    else says itself in one."""
 
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self.stream = stream or sys.stdout
         self._interval, self._printed = interval, float("-inf")
-        self._last: tuple[Progress, bool] | None = None
+        self._last: tuple[object, bool] | None = None
 
     def line(self, text: str = "") -> None:
         print(text, file=self.stream, flush=True)
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: object) -> None:
         due = time.monotonic() - self._printed >= self._interval
         if due:
             self.line(str(progress))
@@ -89,7 +90,7 @@ class Live(Reporter):
     def line(self, text: str = "") -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: object) -> None:
         text = self._text(str(progress), no_wrap=True, overflow="ellipsis")
         if self._status is None:
             self._status = self._console.status(text)

@@ -13,6 +13,8 @@ from .cleaning import Cleaning
 from .config import TrainConfig
 from .errors import CheckpointError, UsageError
 from .kinds import KINDS, LanguageModel
+from .pairdata import PairConfig
+from .pairs import PairStore
 from .preparation import DataConfig, held_out_of
 from .store import TokenStore
 
@@ -34,9 +36,16 @@ _OWN = {
 @dataclass(frozen=True)
 class Recipe:
     """`data` None: the six novels shipped with fastlm; paths are absolute. `context` None is
-    `seq`."""
+    `seq`. `pairs`: files of prompts and targets instead of text, read as `PairConfig` says. `init`:
+    the folder of a saved model to start from."""
 
     data: tuple[str, ...] | None = None
+    pairs: tuple[str, ...] | None = None
+    format: str = PairConfig.format
+    group: str | None = None
+    longest: int = PairConfig.longest
+    learn: str = PairConfig.learn
+    init: str | None = None
     holdout: str | None = None
     tokenizer: str = "auto"
     vocab: int = 2048
@@ -74,6 +83,8 @@ class Recipe:
                 if getattr(self, name) != self.__dataclass_fields__[name].default:
                     option = name.replace("_", "-")
                     raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
+        if self.pairs is not None and self.data is not None:
+            raise UsageError("--data is for text and --pairs for prompts and targets: one of them")
         if self.context is not None and self.context < self.seq:
             raise UsageError(f"context must be at least seq ({self.seq}), got {self.context}")
 
@@ -82,8 +93,11 @@ class Recipe:
         """What a checkpoint remembers, overruled by what is given now."""
         kind = given.get("model", saved.get("model", cls.model))
         values = {**DEFAULTS.get(kind, {}), **saved, **given}
-        if values.get("data") is not None:
-            values["data"] = tuple(str(Path(path).resolve()) for path in values["data"])
+        for name in ("data", "pairs"):
+            if values.get(name) is not None:
+                values[name] = tuple(str(Path(path).resolve()) for path in values[name])
+        if values.get("init") is not None:
+            values["init"] = str(Path(values["init"]).resolve())
         try:
             return cls(**values)
         except TypeError as error:
@@ -95,6 +109,20 @@ class Recipe:
         cleaning = Cleaning() if self.clean else Cleaning.off()
         holdout = held_out_of(self.holdout)
         return DataConfig(self.data, holdout, self.tokenizer, self.vocab, cleaning)
+
+    def pair_config(self) -> PairConfig:
+        """A pair is no longer than what a Transformer reads at once."""
+        assert self.pairs is not None
+        share = PairConfig.holdout if self.holdout is None else held_out_of(self.holdout)
+        if not isinstance(share, float):
+            raise UsageError(f"--holdout of pairs is a share such as 0.1, got {share!r}")
+        longest = self.longest
+        if self.model == "transformer":
+            longest = min(longest, (self.context or self.seq) + 1)
+        return PairConfig(
+            self.pairs, self.format, self.group, share, self.tokenizer, self.vocab, longest,
+            self.learn,
+        )  # fmt: skip
 
     def train_config(self) -> TrainConfig:
         return TrainConfig(**{k: v for k, v in asdict(self).items() if k in _TRAIN})
@@ -120,7 +148,7 @@ class Recipe:
             "end": vocab_size - 1,  # of every tokenizer
         }
 
-    def make_model(self, store: TokenStore) -> LanguageModel:
+    def make_model(self, store: TokenStore | PairStore) -> LanguageModel:
         """A new model, drawn with `seed`, whose first guess is how often each token occurs."""
         torch.manual_seed(self.seed)
         model = KINDS[self.model][0](**self.model_arguments(store.vocab_size))

@@ -100,6 +100,26 @@ class TokenStore:
                 counts += np.bincount(part, minlength=self.vocab_size)
         return torch.from_numpy(counts)
 
+    def batches(self, *, batch: int, length: int, seed: int) -> Lanes:
+        """What a Trainer reads."""
+        return Lanes(self.ids, self.spans("train"), batch=batch, length=length, seed=seed)
+
+
+class Batches(Protocol):
+    """Batches with a cursor: `Lanes`, or `PairBatches` of pairs."""
+
+    steps_per_epoch: int
+    tokens_per_step: float
+    learned_share: float  # of the tokens: the head's products for the others are left out
+
+    def next(self) -> tuple[Tensor, Tensor, bool]:
+        """(tokens [B, T], targets [B, T], whether the state starts from zero)."""
+        ...
+
+    def state(self) -> dict[str, int]: ...
+
+    def restore(self, state: dict[str, int]) -> None: ...
+
 
 class _Counted:
     """Passes pieces on and counts them."""
@@ -170,6 +190,7 @@ class Lanes:
         self._ends = np.cumsum([stop - start for start, stop in self._spans])
         self.size = int(self._ends[-1]) if len(self._ends) else 0
         self.batch, self.length, self.seed = batch, length, seed
+        self.tokens_per_step, self.learned_share = float(batch * length), 1.0
         self.lane = self.size // batch
         self.steps_per_epoch = self.lane // length
         if self.steps_per_epoch < 1:
@@ -260,6 +281,7 @@ class LoadedLanes:
         self._lanes, self._workers = lanes, workers
         self._iterator: Iterator[tuple[Tensor, Tensor, bool]] | None = None
         self.batch, self.length = lanes.batch, lanes.length
+        self.tokens_per_step, self.learned_share = lanes.tokens_per_step, lanes.learned_share
         self.steps_per_epoch, self.size = lanes.steps_per_epoch, lanes.size
 
     @property

@@ -23,8 +23,9 @@ from .errors import TrainingError, UsageError
 from .evaluation import Score, evaluate, verdict
 from .interrupt import Interrupt
 from .kinds import LanguageModel
+from .pairs import PairStore
 from .progress import Progress, Quiet, Reporter
-from .store import Lanes, TokenStore
+from .store import Batches, TokenStore
 from .tokenizer import Tokenizer
 
 MAX_BAD_STEPS = 3
@@ -81,7 +82,7 @@ class Trainer:
     def __init__(
         self,
         model: LanguageModel,
-        store: TokenStore,
+        store: TokenStore | PairStore,
         tokenizer: Tokenizer,
         config: TrainConfig,
         *,
@@ -97,9 +98,7 @@ class Trainer:
         self.out, self.reporter = out, reporter or Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
-        self.lanes = Lanes(
-            store.ids, store.spans("train"), batch=config.batch, length=config.seq, seed=config.seed
-        )
+        self.lanes: Batches = store.batches(batch=config.batch, length=config.seq, seed=config.seed)
         self.budget = Budget.parse(config.budget).resolve(self.lanes.steps_per_epoch)
         self.counters = Counters()
         self.hidden: Tensor | None = None
@@ -310,8 +309,10 @@ class Trainer:
         return "budget"
 
     def _show(self, loss: float, steps_per_second: float) -> None:
-        counters, config = self.counters, self.config
-        speed = steps_per_second * config.batch * config.seq
+        counters = self.counters
+        speed = steps_per_second * self.lanes.tokens_per_step
+        sizes = self.model.config
+        idle = 6 * sizes.hidden_size * sizes.vocab_size * (1.0 - self.lanes.learned_share)
         progress = Progress(
             step=counters.steps,
             share=self.budget.share(counters.steps, counters.seconds),
@@ -320,7 +321,7 @@ class Trainer:
             bits_per_byte=counters.loss_ema * self._bits_per_nat,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=speed,
-            gemm_share=speed * self.model.config.flops_per_token() / machine.gemm_rate(),
+            gemm_share=speed * (sizes.flops_per_token() - idle) / machine.gemm_rate(),
             peak_bytes=machine.peak_memory(),
             seconds_left=self.budget.seconds_left(counters.steps, counters.seconds),
         )
