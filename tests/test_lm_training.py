@@ -164,8 +164,8 @@ def test_bf16_rounds_products_and_nothing_else(prepared: preparation.Prepared) -
     for precision in config.PRECISIONS:
         model = make_model(prepared, GRULM)
         settings = replace(SMALL, precision=precision)
-        loss, _ = gradients.backward(model, tokens, targets, None, settings)
-        assert loss.dtype == torch.float32
+        loss, state = gradients.backward(model, tokens, targets, None, settings)
+        assert state is not None and loss.dtype == state.dtype == torch.float32
         assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
         found[precision] = model.head.weight.grad
     apart = (found["bf16"] - found["float32"]).norm() / found["float32"].norm()

@@ -27,6 +27,7 @@ _HOME = {
     "evaluate": "evaluation",
     "generate": "generation",
     "load": "generation",
+    "make_trainer": "training",
     "prepare": "preparation",
 }
 

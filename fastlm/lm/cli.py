@@ -73,6 +73,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return planning.dry_run(args, _saved(args), _reporter(args), _print_json)
     checkpoint.require()
+    if args.tensorboard:
+        sinks.tensorboard()  # a missing package is said at once
     saved = _saved(args)
     reporter = _reporter(args)
     settings = saved.state.get("settings", {}) if saved is not None else {}

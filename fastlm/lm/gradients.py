@@ -49,6 +49,11 @@ def forward(
         return model.loss(tokens, targets, state, **options)
 
 
+def _carried(model: LanguageModel, state: Tensor) -> Tensor | None:
+    """In the dtype of the weights, whatever autocast made of it: the next step may be without."""
+    return state.detach().to(model.head.weight.dtype) if model.carries_state else None
+
+
 def backward(
     model: LanguageModel,
     tokens: Tensor,
@@ -65,7 +70,7 @@ def backward(
     if config.accumulate == 1:
         loss, after = forward(model, tokens, targets, state, config)
         loss.backward()
-        return loss.detach(), after.detach() if model.carries_state else None
+        return loss.detach(), _carried(model, after)
     token_parts = tokens.chunk(config.accumulate)
     target_parts = targets.chunk(config.accumulate)
     state_parts: Any = [None] * len(token_parts)
@@ -81,6 +86,5 @@ def backward(
             share = loss * (count / sum(kept))
             share.backward()
             total += share.detach()
-        if model.carries_state:
-            states.append(after.detach())
-    return total, torch.cat(states, 1) if states else None
+        states.append(_carried(model, after))
+    return total, torch.cat(states, 1) if model.carries_state else None  # type: ignore[arg-type]

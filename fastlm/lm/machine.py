@@ -59,16 +59,37 @@ def gemm_rate(
     return 2.0 * size**3 / best
 
 
+def _status(name: str) -> int | None:
+    """A number of /proc/self/status, in bytes; None where there is no such file."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
+
+
+def resident_memory() -> int:
+    """Resident memory of this process now; where the system does not say, the most so far."""
+    now = _status("VmRSS")
+    return peak_memory() if now is None else now
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` begin from now, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
 def peak_memory(device: torch.device | None = None) -> int:
     """Most bytes so far: of tensors on a GPU, else resident memory of this process."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
+    if (most := _status("VmHWM")) is not None:
+        return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 

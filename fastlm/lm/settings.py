@@ -12,7 +12,7 @@ import functools
 import importlib
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,11 @@ def _typed(key: str, field: str, value: Any, source: str) -> Any:
         return str(value)
     if kind == "list" and isinstance(value, str):
         return (value,)
-    if kind == "list" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+    if (
+        kind == "list"
+        and isinstance(value, list | tuple)
+        and all(isinstance(v, str) for v in value)
+    ):
         return tuple(value)
     raise UsageError(f"{source}: {key} must be {_EXPECTED[kind]}, got {value!r}")
 
@@ -160,6 +164,22 @@ def assigned(assignments: Sequence[str]) -> dict[str, Any]:
         field = _field(key, source)
         kind = _kind(field)
         found[field] = _typed(key, field, _parsed(*kind, value.strip()), source)
+    return found
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Recipe` by their own names, from Python.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    found = {}
+    for field, value in options.items():
+        if field not in Recipe.__dataclass_fields__:
+            near = difflib.get_close_matches(field, list(Recipe.__dataclass_fields__), 1)
+            hint = f"did you mean {near[0]}?" if near else "see fastlm train --help"
+            raise UsageError(f"unknown setting {field}; {hint}")
+        found[field] = _typed(field, field, value, "setting")
     return found
 
 

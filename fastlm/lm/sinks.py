@@ -38,6 +38,14 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+def tensorboard() -> Any:
+    """The module of torch, or who is missing."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise MissingExtra("--tensorboard", "tensorboard", "track") from None
+
+
 class TensorBoard:
     """Numbers of steps and evaluations as TensorBoard's event files, `event/name` each.
 
@@ -47,13 +55,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, finished: int = 0) -> None:
-        try:
-            module: Any = importlib.import_module("torch.utils.tensorboard")
-        except ImportError:
-            raise MissingExtra("--tensorboard", "tensorboard", "track") from None
-        self._writer = module.SummaryWriter(
-            str(folder), purge_step=finished + 1 if finished else None
-        )
+        purge = finished + 1 if finished else None
+        self._writer = tensorboard().SummaryWriter(str(folder), purge_step=purge)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
