@@ -15,8 +15,9 @@ import torch
 
 from fastlm.lm import checkpoint, compare, config, data, machine, preparation, trainer
 from fastlm.lm.budget import Budget, learning_rate
+from fastlm.lm.diagnosis import verdict
 from fastlm.lm.errors import TrainingError, UsageError
-from fastlm.lm.evaluation import evaluate, verdict
+from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM, PlainGRULM
 from fastlm.lm.recipe import Recipe
 from fastlm.lm.transformer import PlainTransformerLM, TransformerLM
@@ -286,7 +287,7 @@ def test_evaluation_is_the_plain_cross_entropy(prepared: preparation.Prepared) -
     ],
 )
 def test_verdict(held: list[float], word: str) -> None:
-    assert verdict(4.0, held).startswith(word)
+    assert verdict([4.0] * len(held), held).startswith(word)
 
 
 @pytest.mark.parametrize("kinds", [MODELS, TRANSFORMERS])

@@ -32,6 +32,7 @@ _HOME = {
     "evaluate": "evaluation",
     "generate": "generation",
     "load": "generation",
+    "make_trainer": "training",
     "prepare": "preparation",
     "prepare_pairs": "pairdata",
     "rouge_beside_lead": "abstractive",

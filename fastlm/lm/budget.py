@@ -49,10 +49,31 @@ class Budget:
         return f"{self.amount:g}{'s' if self.unit == 'seconds' else ' ' + self.unit}"
 
 
-def learning_rate(peak: float, share: float, warmup: float, floor: float) -> float:
-    """Linear from 2% to `peak` over the first `warmup` of the budget, then a cosine down to
-    `floor * peak`."""
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+
+def learning_rate(
+    peak: float,
+    share: float,
+    warmup: float,
+    floor: float,
+    schedule: str = "cosine",
+    decay: float = 0.2,
+) -> float:
+    """Linear from 2% to `peak` over the first `warmup` of the budget, then down to `floor * peak`:
+    as a cosine, as a line, not at all ("constant"), or as a line over the last `decay` ("wsd").
+
+    Source: warm-up, stable, decay: Hu et al. 2024 (arXiv:2404.06395).
+    """
     if share < warmup:
         return peak * max(0.02, share / warmup)
     progress = min(1.0, (share - warmup) / (1.0 - warmup))
-    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    if schedule == "cosine":
+        height = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif schedule == "linear":
+        height = 1.0 - progress
+    elif schedule == "constant":
+        height = 1.0
+    else:
+        height = min(1.0, (1.0 - min(share, 1.0)) / decay)
+    return peak * (floor + (1.0 - floor) * height)

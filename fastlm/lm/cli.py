@@ -25,7 +25,10 @@ def _reporter(args: argparse.Namespace) -> Any:
     from . import progress
 
     # stdout carries the JSON object alone
-    return progress.reporter(quiet=args.quiet, stream=sys.stderr if args.json else sys.stdout)
+    stream = sys.stderr if args.json else sys.stdout
+    return progress.reporter(
+        quiet=args.quiet, stream=stream, interval=getattr(args, "log_every", 5.0)
+    )
 
 
 def _print_json(value: Any) -> None:
@@ -64,16 +67,19 @@ def _saved(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from . import checkpoint, recipe, starting, tokenizer, trainer
+    from . import checkpoint, files, planning, recipe, sinks, starting, tokenizer, trainer
+    from . import settings as named
 
+    if args.dry_run:
+        return planning.dry_run(args, _saved(args), _reporter(args), _print_json)
     checkpoint.require()
+    if args.tensorboard:
+        sinks.tensorboard()  # a missing package is said at once
     saved = _saved(args)
     reporter = _reporter(args)
-    names = recipe.Recipe.__dataclass_fields__
-    given = {name: value for name, value in vars(args).items() if name in names}
-    start = starting.start_of(given, saved)
+    start = starting.start_of(named.given(args), saved)
     settings = saved.state.get("settings", {}) if saved is not None else {}
-    chosen = recipe.Recipe.of(settings if start is None else start.settings, given)
+    chosen = recipe.Recipe.of(settings if start is None else start.settings, named.given(args))
     known = None if start is None else start.tokenizer
     if saved is not None and chosen.init is not None:
         known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
@@ -103,6 +109,9 @@ def _train(args: argparse.Namespace) -> int:
             reporter.line(
                 f"its budget of {chosen.budget} is used; for more: --budget B --allow-change budget"
             )
+    if args.tensorboard:
+        run.sinks.append(sinks.TensorBoard(args.out / "tensorboard", run.counters.steps))
+    files.write_text(args.out / "config.toml", named.dump(chosen))
     result = run.fit()
     if args.json:
         _print_json(asdict(result))
@@ -111,6 +120,12 @@ def _train(args: argparse.Namespace) -> int:
         return errors.INTERRUPTED
     reporter.line(f"held out: {result.score}\n{result.verdict}\nmodel: {args.out / 'model'}")
     return errors.OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import planning
+
+    return planning.plan_command(args, _reporter(args), _print_json)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -196,6 +211,7 @@ def _measure(args: argparse.Namespace) -> int:
 _COMMANDS = {
     "demo": _demo,
     "train": _train,
+    "plan": _plan,
     "generate": _generate,
     "data": _data,
     "prefs": _prefs,

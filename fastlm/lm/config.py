@@ -6,14 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .budget import Budget
+from .budget import SCHEDULES, Budget
 from .errors import UsageError
+
+PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """`warmup`, `floor`: shares of the budget and of `lr`. `patience`: evaluations without a better
-    held-out score before training stops, None for never. `clip` 0 means no clipping."""
+    held-out score before training stops, None for never. `clip` 0 means no clipping. `accumulate`:
+    the rows of a batch go through the model in so many parts; the gradient is that of the batch.
+    `precision` "bf16": autocast of the forward; weights, optimizer and evaluation stay float32.
+    `decay`: share of the budget in which "wsd" comes down."""
 
     budget: str = "90s"
     lr: float = 4e-3
@@ -27,10 +32,16 @@ class TrainConfig:
     evals: int = 10
     eval_tokens: int = 32768
     patience: int | None = None
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    precision: str = "float32"
+    schedule: str = "cosine"
+    decay: float = 0.2
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
-        for name, least in {"batch": 1, "seq": 1, "evals": 1, "eval_tokens": 2}.items():
+        least_values = {"batch": 1, "seq": 1, "evals": 1, "eval_tokens": 2, "accumulate": 1}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -39,6 +50,17 @@ class TrainConfig:
             raise UsageError("warmup must be in [0, 1) and floor in [0, 1]")
         if self.weight_decay < 0 or self.clip < 0:
             raise UsageError("weight_decay and clip must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.batch % self.accumulate:
+            raise UsageError(
+                f"batch must be a multiple of accumulate ({self.accumulate}), got {self.batch}"
+            )
+        for name, known in {"precision": PRECISIONS, "schedule": SCHEDULES}.items():
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not 0 < self.decay <= 1:
+            raise UsageError(f"decay must be in (0, 1], got {self.decay}")
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

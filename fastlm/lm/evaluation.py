@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .kinds import LanguageModel
 from .pairs import IGNORED, PairStore
-from .store import TokenStore
+from .store import Lanes, TokenStore
 from .tokenizer import Tokenizer
 
 ROWS, LENGTH = 16, 128
@@ -99,19 +99,47 @@ def by_document(
     }
 
 
-@torch.no_grad()
 def score(model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer) -> Score:
     """Score a text of two tokens or more, in parallel lanes that carry their state.
 
     A lane starts without context, so the result is a little worse than reading in one piece. A
     Transformer reads half of its context and scores the other half.
     """
-    device = next(model.parameters()).device
-    length = LENGTH if model.window is None else model.window // 2
-    rows = min(ROWS, max(1, len(ids) // length))
+    rows = min(ROWS, max(1, len(ids) // _length(model)))
     lane = (len(ids) - 1) // rows
     lanes = np.stack([ids[row * lane : row * lane + lane + 1] for row in range(rows)])
-    window = torch.from_numpy(lanes.astype(np.int64)).to(device)
+    return _score(model, lanes.astype(np.int64), tokenizer)
+
+
+def sample(
+    model: LanguageModel,
+    store: TokenStore | PairStore,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    limit: int,
+) -> Score:
+    """Score about `limit` tokens of a split, in lanes at equal distances over all of it."""
+    if isinstance(store, PairStore):  # their order is no order of time or topic
+        return score_pairs(model, store, tokenizer, split=split, limit=limit)
+    size = min(limit, store.totals(split)["tokens"])
+    rows = min(ROWS, max(1, size // _length(model)))
+    lanes = Lanes(store.ids, store.spans(split), batch=rows, length=max(1, size // rows - 1))
+    tokens, targets, _ = lanes.at(0, 0)
+    return _score(model, torch.cat([tokens, targets[:, -1:]], 1).numpy(), tokenizer)
+
+
+def _length(model: LanguageModel) -> int:
+    """Tokens of a lane that are scored at a time."""
+    return LENGTH if model.window is None else model.window // 2
+
+
+@torch.no_grad()
+def _score(model: LanguageModel, lanes: NDArray[np.int64], tokenizer: Tokenizer) -> Score:
+    """lanes [rows, tokens and one more]."""
+    device = next(model.parameters()).device
+    rows, lane, length = lanes.shape[0], lanes.shape[1] - 1, _length(model)
+    window = torch.from_numpy(lanes).to(device)
     was_training = model.training
     model.eval()
     state, nats = None, 0.0
@@ -124,19 +152,3 @@ def score(model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer) -> Scor
     count = rows * lane
     size = int(tokenizer.byte_lengths()[lanes[:, 1:]].sum())
     return Score(nats / count, nats / math.log(2) / max(1, size), count, size)
-
-
-def verdict(train_nats: float, held: list[float]) -> str:
-    """What the curves say, in words; `held` is the held-out nats per token of every evaluation."""
-    numbers = f"train {train_nats:.2f}, held-out {held[-1]:.2f} nats/token"
-    if len(held) < 4:
-        return f"too few evaluations for a verdict: {numbers}"
-    best = min(held)
-    if held[-1] > 1.01 * best:
-        return (
-            f"overfitting: {numbers}; the held-out loss was {best:.2f} before it rose. Use "
-            "dropout, weight decay, --patience or more text"
-        )
-    if held[-1] < 0.99 * held[2 * len(held) // 3 - 1]:
-        return f"underfitting: {numbers}, still falling; a larger budget or model would help"
-    return f"levelled off: {numbers}; a larger model or more text would help more than time"

@@ -109,7 +109,7 @@ class _LanguageModel(nn.Module):
     def _make_body(self) -> nn.Module:
         raise NotImplementedError
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         raise NotImplementedError
 
     def config_dict(self) -> dict[str, Any]:
@@ -132,11 +132,16 @@ class _LanguageModel(nn.Module):
         return self.head(hidden), h_n
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, h0: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        h0: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """(mean cross-entropy in nats per token, state [L, B, H])."""
         hidden, h_n = self.hidden(tokens, h0)
-        return self._loss(hidden, targets), h_n
+        return self._loss(hidden, targets, label_smoothing), h_n
 
     def decoder(self) -> Step:
         """One token per call, with the parameters as they are now; for inference."""
@@ -171,9 +176,13 @@ class GRULM(_LanguageModel):
     def decoder(self) -> Step:
         return fastlm.nn.GRUDecoder(self.body, self.head)
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         loss: Any = fastlm.linear_cross_entropy(
-            hidden, self.head.weight, targets, linear_bias=self.head.bias
+            hidden,
+            self.head.weight,
+            targets,
+            linear_bias=self.head.bias,
+            label_smoothing=smoothing,
         )
         return loss
 
@@ -184,8 +193,9 @@ class PlainGRULM(_LanguageModel):
     def _make_body(self) -> nn.Module:
         return _PlainBody(self.config)
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(hidden).flatten(0, -2), targets.flatten())
+    def _loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        logits = self.head(hidden).flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -67,6 +67,24 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     option("--evals", int, "evaluations during training (10)")
     option("--eval-tokens", int, "held-out tokens of each but the last (32768)")
     option("--seed", int, "seed (0)")
+    option("--label-smoothing", float, "the loss that is shown has it too (0)", "E")
+    option("--accumulate", int, "parts a batch goes through in, for less memory (1)")
+    option("--precision", str, "float32 (default) or bf16: products in bfloat16", "P")
+    option("--schedule", str, "cosine (default), linear, constant or wsd", "S")
+    option("--decay", float, "share of the budget in which wsd comes down (0.2)", "P")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="these options as TOML: [data] [model] [train]",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one key of it, such as train.lr=1e-3; over the file, under the options here",
+    )
 
 
 def _pair_options(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +344,51 @@ def _measuring_commands(commands: Any) -> None:
     _output_options(summarize)
 
 
+def _training_commands(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
+    train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="auto: continue what is in --out (default); options not given are taken from there",
+    )
+    train.add_argument(
+        "--allow-change",
+        default="",
+        metavar="NAME,...",
+        help="options that may differ from the checkpoint, such as budget or lr",
+    )
+    train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
+    train.add_argument("--dry-run", action="store_true", help="the settings and the plan, no more")
+    train.add_argument(
+        "--tensorboard", action="store_true", help="event files beside metrics.jsonl, in --out"
+    )
+    train.add_argument(
+        "--log-every",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="seconds between two lines (5)",
+    )
+    _train_options(train)
+    _output_options(train)
+
+    plan = commands.add_parser(
+        "plan", help="parameters, memory and time of a training run", allow_abbrev=False
+    )
+    plan.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="such as 8GiB: choose width and depth that fit into it and into --budget",
+    )
+    plan.add_argument(
+        "--measure", action="store_true", help="run a few steps and say what they took"
+    )
+    _train_options(plan)
+    _output_options(plan)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
@@ -342,23 +405,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     _output_options(demo)
 
-    train = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
-    train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
-    train.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|DIR",
-        help="auto: continue what is in --out (default); options not given are taken from there",
-    )
-    train.add_argument(
-        "--allow-change",
-        default="",
-        metavar="NAME,...",
-        help="options that may differ from the checkpoint, such as budget or lr",
-    )
-    train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
-    _train_options(train)
-    _output_options(train)
+    _training_commands(commands)
 
     generate = commands.add_parser("generate", help="continue a prompt with a trained model")
     generate.add_argument("model", type=Path, help="run, checkpoint or model folder")

@@ -12,26 +12,27 @@ from typing import Any, TextIO
 
 @dataclass
 class Progress:
-    """What the training loop knows after a step."""
+    """What the training loop knows after a step. `steps`: in all, None where time decides."""
 
     step: int
+    steps: int | None
     share: float
     loss: float
     loss_ema: float
     bits_per_byte: float
     learning_rate: float
     tokens_per_second: float
-    gemm_share: float
+    mfu: float
     peak_bytes: int
     seconds_left: float
 
     def __str__(self) -> str:
+        of = f"/{self.steps}" if self.steps is not None else f" ({min(self.share, 1.0):.0%})"
         return (
-            f"step {self.step} ({min(self.share, 1.0):4.0%}) | loss {self.loss:.3f} "
-            f"(ema {self.loss_ema:.3f}) | {self.bits_per_byte:.3f} bits/byte | "
-            f"lr {self.learning_rate:.1e} | {self.tokens_per_second:,.0f} tok/s | "
-            f"{self.gemm_share:.0%} of GEMM rate | peak {self.peak_bytes >> 20} MiB | "
-            f"left {clock(self.seconds_left)}"
+            f"step {self.step}{of} | loss {self.loss:.3f} (ema {self.loss_ema:.3f}) | "
+            f"{self.bits_per_byte:.3f} bits/byte | lr {self.learning_rate:.1e} | "
+            f"{self.tokens_per_second:,.0f} tok/s | mfu {self.mfu:.0%} | "
+            f"peak {self.peak_bytes >> 20} MiB | eta {clock(self.seconds_left)}"
         )
 
 
@@ -106,8 +107,10 @@ class Live(Reporter):
         super().close()
 
 
-def reporter(*, quiet: bool = False, stream: TextIO | None = None) -> Reporter:
-    """The best one for this stream."""
+def reporter(
+    *, quiet: bool = False, stream: TextIO | None = None, interval: float = 5.0
+) -> Reporter:
+    """The best one for this stream; `interval` is that of `Reporter`."""
     stream = stream or sys.stdout
     if quiet:
         return Quiet(stream)
@@ -116,4 +119,4 @@ def reporter(*, quiet: bool = False, stream: TextIO | None = None) -> Reporter:
             return Live(stream)
         except ImportError:
             pass
-    return Reporter(stream)
+    return Reporter(stream, interval)

@@ -31,6 +31,12 @@ _OWN = {
     "gru": ("embedding",),
     "transformer": ("heads", "kv_heads", "ffn", "context", "z_loss", "recompute"),
 }
+TOKENIZERS = ("auto", "bpe", "bytes")
+
+
+def foreign(recipe: Recipe) -> dict[str, str]:
+    """{setting that this kind of model has not: the kind that has it}."""
+    return {name: kind for kind, names in _OWN.items() if kind != recipe.model for name in names}
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,23 @@ class Recipe:
     evals: int = TrainConfig.evals
     eval_tokens: int = TrainConfig.eval_tokens
     patience: int | None = None
+    label_smoothing: float = TrainConfig.label_smoothing
+    accumulate: int = TrainConfig.accumulate
+    precision: str = TrainConfig.precision
+    schedule: str = TrainConfig.schedule
+    decay: float = TrainConfig.decay
 
     def __post_init__(self) -> None:
         if self.model not in KINDS:
             raise UsageError(f"model must be one of {', '.join(KINDS)}, got {self.model!r}")
-        for kind, names in _OWN.items():
-            for name in names if kind != self.model else ():
-                if getattr(self, name) != self.__dataclass_fields__[name].default:
-                    option = name.replace("_", "-")
-                    raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
+        if self.tokenizer not in TOKENIZERS:
+            raise UsageError(
+                f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}"
+            )
+        for name, kind in foreign(self).items():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
         if self.pairs is not None and self.data is not None:
             raise UsageError("--data is for text and --pairs for prompts and targets: one of them")
         if self.context is not None and self.context < self.seq:

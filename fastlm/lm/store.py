@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import random
@@ -68,6 +69,11 @@ class TokenStore:
 
     def split(self, name: str) -> list[Entry]:
         return [entry for entry in self.documents if entry.split == name]
+
+    def document_at(self, index: int) -> Entry:
+        """The document that the token at `index` belongs to."""
+        stops = [entry.stop for entry in self.documents]
+        return self.documents[bisect.bisect_right(stops, index)]
 
     def spans(self, split: str) -> list[tuple[int, int]]:
         return [(entry.start, entry.stop) for entry in self.split(split)]
@@ -235,6 +241,16 @@ class Lanes:
         self.step += 1
         return self.at(self.epoch, self.step - 1)
 
+    def places(self) -> list[int]:
+        """Where in the store each row of the batch that `next` gave last begins."""
+        offset = self._turn_of(self.epoch) + (self.step - 1) * self.length
+        found = []
+        for row in range(self.batch):
+            start = (offset + row * self.lane) % self.size
+            span = int(np.searchsorted(self._ends, start, side="right"))
+            found.append(self._spans[span][1] - (int(self._ends[span]) - start))
+        return found
+
     def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
 
@@ -305,6 +321,9 @@ class LoadedLanes:
             lanes.epoch, lanes.step = lanes.epoch + 1, 0
         lanes.step += 1
         return next(self._iterator)
+
+    def places(self) -> list[int]:
+        return self._lanes.places()
 
     def state(self) -> dict[str, int]:
         return self._lanes.state()

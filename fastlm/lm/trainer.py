@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, files, machine
+from . import anomaly, checkpoint, files, gradients, machine
 from .budget import Budget, learning_rate
 from .config import TrainConfig, difference
+from .diagnosis import verdict
 from .errors import TrainingError, UsageError
-from .evaluation import Score, evaluate, verdict
+from .evaluation import Score, evaluate, sample
 from .interrupt import Interrupt
 from .kinds import LanguageModel
 from .pairs import PairStore
 from .progress import Progress, Quiet, Reporter
+from .sinks import Callbacks, Sink
 from .store import Batches, TokenStore
 from .tokenizer import Tokenizer
 
@@ -70,7 +72,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-class Trainer:
+class Trainer(Callbacks):
     """Train `model` on the "train" split of `store`, scored on its "held" split.
 
     Args:
@@ -86,16 +88,18 @@ class Trainer:
         tokenizer: Tokenizer,
         config: TrainConfig,
         *,
-        out: Path | None = None,
+        out: Path | str | None = None,
         reporter: Reporter | None = None,
         save_every: float = 30.0,
         settings: dict[str, Any] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
+        super().__init__()
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UsageError("the token store was written with another tokenizer")
         self.model, self.store, self.tokenizer, self.config = model, store, tokenizer, config
-        self.out, self.reporter = out, reporter or Quiet()
+        self.out = None if out is None else Path(out)
+        self.reporter = reporter or Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         self.lanes: Batches = store.batches(batch=config.batch, length=config.seq, seed=config.seed)
@@ -103,6 +107,8 @@ class Trainer:
         self.counters = Counters()
         self.hidden: Tensor | None = None
         self.scores: list[Score] = []
+        self.train_curve: list[float] = []  # the average loss at each of `scores`
+        self.sinks: list[Sink] = []
         self.best_model: checkpoint.Tensors | None = None
         self._bad_in_a_row = 0
         self._resumed = False
@@ -142,12 +148,14 @@ class Trainer:
             "counters": asdict(self.counters),
             "cursor": self.lanes.state(),
             "scores": [asdict(score) for score in self.scores],
+            "train_curve": self.train_curve,
             "random": random_json,
             "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
         }
         path = checkpoint.folder(self.out) / checkpoint.name(self.counters.steps)
         checkpoint.write(path, self.model.state_dict(), training, state, self.tokenizer)
         checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+        self.emit("save", path)
         return path
 
     def save_model(self, path: Path, score: Score) -> None:
@@ -164,6 +172,9 @@ class Trainer:
         Raises:
             UsageError: the configuration differs elsewhere; the message lists the differences.
         """
+        before = saved.state["config"]
+        # a checkpoint does not name the options that came after it
+        before["train"] = {**asdict(TrainConfig()), **before["train"]}
         checkpoint.require_same(saved, self.described(), allow)
         checkpoint.load_parameters(self.model, saved)
         tensors = saved.tensors(checkpoint.TRAINING)
@@ -179,6 +190,7 @@ class Trainer:
         self.counters = Counters(**saved.state["counters"])
         self.lanes.restore(saved.state["cursor"])
         self.scores = [Score(**score) for score in saved.state["scores"]]
+        self.train_curve = list(saved.state.get("train_curve", ()))
         checkpoint.restore_random_state(tensors, saved.state["random"])
         self._resumed = True
         here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -189,6 +201,8 @@ class Trainer:
         return self.budget.share(self.counters.steps, self.counters.seconds) >= 1.0
 
     def _record(self, event: str, **values: Any) -> None:
+        for sink in self.sinks:
+            sink.record(event, self.counters.steps, values)
         if self._metrics is not None:
             line = {"event": event, "step": self.counters.steps, **values}
             self._metrics.write(json.dumps(line) + "\n")
@@ -204,25 +218,27 @@ class Trainer:
         """
         counters, config = self.counters, self.config
         tokens, targets, fresh = self.lanes.next()
+        tokens, targets = tokens.to(self._device), targets.to(self._device)
         share = self.budget.share(counters.steps, counters.seconds)
-        rate = learning_rate(config.lr, share, config.warmup, config.floor)
+        rate = learning_rate(
+            config.lr, share, config.warmup, config.floor, config.schedule, config.decay
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         state = None if fresh else self.hidden
-        loss, h_n = self.model.loss(tokens.to(self._device), targets.to(self._device), state)
-        value = float(loss.detach())
-        bad = "loss" if not math.isfinite(value) else ""
-        if not bad:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-            bad = "" if math.isfinite(float(norm)) else "gradient"
-        if bad:
-            self._skip(bad)
+        loss, after = gradients.backward(self.model, tokens, targets, state, config)
+        value = float(loss)
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(found)
+        if not (math.isfinite(value) and math.isfinite(float(norm))):
+            self._skip("gradient" if math.isfinite(value) else "loss", tokens, targets, state)
             # the state of a bad step would poison every later one
             self.hidden = state
         else:
+            if config.clip:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip, norm)
             self.optimizer.step()
-            self.hidden = h_n.detach() if self.model.carries_state else None
+            self.hidden = after
             self._bad_in_a_row = 0
             smooth = max(0.1, 1.0 / (counters.steps - counters.skipped + 1))
             counters.loss_ema += smooth * (value - counters.loss_ema)
@@ -230,15 +246,28 @@ class Trainer:
         counters.steps += 1
         return value
 
-    def _skip(self, what: str) -> None:
+    def _skip(self, what: str, tokens: Tensor, targets: Tensor, state: Tensor | None) -> None:
+        """Write down the batch and where it went wrong."""
         self.counters.skipped += 1
         self._bad_in_a_row += 1
-        position = self.lanes.state()
-        self._record("skipped", reason=f"{what} not finite", **{"cursor": position})
+        where = anomaly.where(
+            self.model, lambda: gradients.forward(self.model, tokens, targets, state, self.config)
+        )
+        found = {"reason": f"{what} not finite", "where": where, "cursor": self.lanes.state()}
+        if self.out is not None:
+            path = self.out / "skipped" / f"step-{self.counters.steps:08d}.json"
+            rows = anomaly.rows(self.lanes, self.store, self.tokenizer)
+            batch = {"tokens": tokens.tolist(), "targets": targets.tolist()}
+            files.write_json(path, {**found, "rows": rows, **batch})
+            found["batch"] = str(path)
+        self._record("skipped", **found)
+        self.emit("skipped", found)
+        self.reporter.line(f"skipped step {self.counters.steps}: {what} not finite: {where}")
         if self._bad_in_a_row == MAX_BAD_STEPS:
             raise TrainingError(
                 f"the {what} was not finite in {MAX_BAD_STEPS} steps in a row (the last is step "
-                f"{self.counters.steps}); lower --lr or --clip and resume from the last checkpoint"
+                f"{self.counters.steps}): {where}; lower --lr or --clip and resume from the last "
+                "checkpoint"
             )
 
     # ---- the loop -----------------------------------------------------------------------------
@@ -246,6 +275,7 @@ class Trainer:
     def _evaluate(self, limit: int) -> None:
         score = evaluate(self.model, self.store, self.tokenizer, limit=limit)
         self.scores.append(score)
+        self.train_curve.append(self.counters.loss_ema)
         counters = self.counters
         counters.evals += 1
         if score.bits_per_byte < counters.best:
@@ -256,6 +286,7 @@ class Trainer:
             counters.since_best += 1
         self._record("eval", seconds=counters.seconds, **score.to_json())
         self.reporter.line(f"held-out at step {counters.steps}: {score}")
+        self.emit("eval", score)
 
     def fit(self) -> Result:
         """Train until the budget is used, patience runs out, or a signal asks to stop."""
@@ -266,6 +297,8 @@ class Trainer:
             files.remove_leftovers(checkpoint.folder(self.out))
             self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self._record("resume" if self._resumed else "start", config=self.described())
+        if note := gradients.slow_precision(self._device, self.config.precision):
+            self.reporter.line(note)
         self.model.train()
         try:
             with Interrupt() as interrupt:
@@ -274,6 +307,8 @@ class Trainer:
                 return self._finish(stopped)
         finally:
             self.reporter.close()
+            for sink in self.sinks:
+                sink.close()
             if self._metrics is not None:
                 self._metrics.close()
                 self._metrics = None
@@ -301,6 +336,7 @@ class Trainer:
             self._show(loss, len(durations) / sum(durations))
             if self.on_step is not None:
                 self.on_step(counters.steps)
+            self.emit("step", counters.steps)
             if interrupt.requested:
                 return "interrupted"
             if self.out is not None and now - saved_at >= self.save_every:
@@ -309,24 +345,36 @@ class Trainer:
         return "budget"
 
     def _show(self, loss: float, steps_per_second: float) -> None:
-        counters = self.counters
+        counters, sizes = self.counters, self.model.config
         speed = steps_per_second * self.lanes.tokens_per_step
-        sizes = self.model.config
         idle = 6 * sizes.hidden_size * sizes.vocab_size * (1.0 - self.lanes.learned_share)
+        rate = machine.gemm_rate(device=self._device, precision=self.config.precision)
         progress = Progress(
             step=counters.steps,
+            steps=int(self.budget.amount) if self.budget.unit == "steps" else None,
             share=self.budget.share(counters.steps, counters.seconds),
             loss=loss,
             loss_ema=counters.loss_ema,
             bits_per_byte=counters.loss_ema * self._bits_per_nat,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=speed,
-            gemm_share=speed * (sizes.flops_per_token() - idle) / machine.gemm_rate(),
-            peak_bytes=machine.peak_memory(),
+            mfu=speed * (sizes.flops_per_token() - idle) / rate,
+            peak_bytes=machine.peak_memory(self._device),
             seconds_left=self.budget.seconds_left(counters.steps, counters.seconds),
         )
         self._record("step", seconds=counters.seconds, **asdict(progress))
         self.reporter.update(progress)
+
+    def _verdict(self) -> str:
+        """What the curves say; training text is scored as held-out text is where dropout, smoothing
+        or a z-loss makes the training loss another quantity."""
+        settings, now = self.model.config, None
+        if settings.dropout or self.config.label_smoothing or getattr(settings, "z_loss", 0.0):
+            limit = self.config.eval_tokens
+            same = sample(self.model, self.store, self.tokenizer, split="train", limit=limit)
+            self._record("train", **same.to_json())
+            now = same.nats_per_token
+        return verdict(self.train_curve, [s.nats_per_token for s in self.scores], now)
 
     def _finish(self, stopped: str) -> Result:
         score, words, path = None, "", None
@@ -335,7 +383,7 @@ class Trainer:
         if self.out is not None:
             path = self.save()
         if stopped != "interrupted":
-            words = verdict(self.counters.loss_ema, [s.nats_per_token for s in self.scores])
+            words = self._verdict()
             if self.best_model is not None:
                 self.model.load_state_dict(self.best_model)
             score = evaluate(self.model, self.store, self.tokenizer)

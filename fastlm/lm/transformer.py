@@ -287,17 +287,19 @@ class TransformerLM(nn.Module):
         state: Tensor | None = None,
         *,
         documents: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """(mean cross-entropy in nats per token, state [B, S]); a target of -100 does not count."""
         hidden, state = self.hidden(tokens, state, documents=documents)
-        return self._loss(hidden, targets), state
+        return self._loss(hidden, targets, label_smoothing), state
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         loss: Any = fastlm.linear_cross_entropy(
             hidden,
             self.head.weight,
             targets,
             linear_bias=self.head.bias,
+            label_smoothing=smoothing,
             z_loss_weight=self.config.z_loss if self.training else 0.0,
         )
         return loss
@@ -339,9 +341,10 @@ class PlainTransformerLM(TransformerLM):
 
         return attend
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         logits = self.head(hidden)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        flat = logits.flatten(0, -2)
+        loss = F.cross_entropy(flat, targets.flatten(), label_smoothing=smoothing)
         if self.training and self.config.z_loss:
             kept = targets != -100
             loss = loss + self.config.z_loss * logits[kept].logsumexp(-1).square().mean()
