@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .distributed import Ranks
 from .kinds import LanguageModel
 from .store import TokenStore
 from .tokenizer import Tokenizer
@@ -51,9 +52,10 @@ def evaluate(
     *,
     split: str = "held",
     limit: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Score the first `limit` tokens of a split, as one text."""
-    return score(model, store.first(split, limit), tokenizer)
+    return score(model, store.first(split, limit), tokenizer, ranks)
 
 
 def by_document(
@@ -67,18 +69,22 @@ def by_document(
 
 
 @torch.no_grad()
-def score(model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer) -> Score:
+def score(
+    model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer, ranks: Ranks | None = None
+) -> Score:
     """Score a text of two tokens or more, in parallel lanes that carry their state.
 
     A lane starts without context, so the result is a little worse than reading in one piece. A
-    Transformer reads half of its context and scores the other half.
+    Transformer reads half of its context and scores the other half. The lanes are shared out among
+    ranks.
     """
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     length = LENGTH if model.window is None else model.window // 2
     rows = min(ROWS, max(1, len(ids) // length))
     lane = (len(ids) - 1) // rows
     lanes = np.stack([ids[row * lane : row * lane + lane + 1] for row in range(rows)])
-    window = torch.from_numpy(lanes.astype(np.int64)).to(device)
+    window, counts = ranks.share(torch.from_numpy(lanes.astype(np.int64)).to(device))
     was_training = model.training
     model.eval()
     state, nats = None, 0.0
@@ -86,8 +92,9 @@ def score(model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer) -> Scor
         tokens = window[:, start : min(start + length, lane)].contiguous()
         targets = window[:, start + 1 : start + 1 + tokens.shape[1]].contiguous()
         loss, state = model.loss(tokens, targets, state)
-        nats += float(loss) * targets.numel()
+        nats += float(loss) * targets.numel() * counts
     model.train(was_training)
+    nats = ranks.total(nats)
     count = rows * lane
     size = int(tokenizer.byte_lengths()[lanes[:, 1:]].sum())
     return Score(nats / count, nats / math.log(2) / max(1, size), count, size)

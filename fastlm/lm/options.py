@@ -275,6 +275,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="options that may differ from the checkpoint, such as budget or lr",
     )
     train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
+    train.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp2"),
+        help="under torchrun: whole parameters on every rank (ddp, the default) or parts",
+    )
     _train_options(train)
     _output_options(train)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, files, machine
+from . import checkpoint, distributed, files, machine
 from .budget import Budget, learning_rate
 from .config import TrainConfig, difference
 from .errors import TrainingError, UsageError
@@ -76,6 +76,7 @@ class Trainer:
         out: run folder for checkpoints and metrics.jsonl; None keeps nothing on disk.
         settings: stored in every checkpoint for whoever resumes; not compared.
         on_step: called with the number of finished steps; for tests and callbacks.
+        ranks: this process among several, from `distributed.connected`.
     """
 
     def __init__(
@@ -90,16 +91,21 @@ class Trainer:
         save_every: float = 30.0,
         settings: dict[str, Any] | None = None,
         on_step: Callable[[int], None] | None = None,
+        ranks: distributed.Ranks | None = None,
     ) -> None:
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UsageError("the token store was written with another tokenizer")
         self.model, self.store, self.tokenizer, self.config = model, store, tokenizer, config
-        self.out, self.reporter = out, reporter or Quiet()
+        self.ranks, self._kind = ranks or distributed.Ranks(), type(model).__name__
+        self.loss = self.ranks.wrap(model)
+        self.out, self.reporter = out, reporter if reporter and self.ranks.chief else Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
+        self.ranks.adopt(self.optimizer)
         self.lanes = Lanes(
             store.ids, store.spans("train"), batch=config.batch, length=config.seq, seed=config.seed
         )
+        self.lanes = self.ranks.rows_of(self.lanes, config.batch)
         self.budget = Budget.parse(config.budget).resolve(self.lanes.steps_per_epoch)
         self.counters = Counters()
         self.hidden: Tensor | None = None
@@ -119,18 +125,18 @@ class Trainer:
     def described(self) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint."""
         return {
-            "model": {"kind": type(self.model).__name__, **self.model.config_dict()},
+            "model": {"kind": self._kind, **self.model.config_dict()},
             "train": asdict(self.config),
             "data": {"tokenizer": self.tokenizer.sha256, "tokens": self.store.sha256},
         }
 
     def _training_tensors(self) -> tuple[checkpoint.Tensors, dict[str, Any]]:
-        tensors = checkpoint.optimizer_tensors(self.optimizer)
-        if self.hidden is not None:
-            tensors["hidden"] = self.hidden
+        tensors = self.ranks.whole(checkpoint.optimizer_tensors(self.optimizer))
+        if (hidden := self.ranks.together(self.hidden)) is not None:
+            tensors["hidden"] = hidden
         if self.best_model is not None:
             tensors |= {f"best.{name}": value for name, value in self.best_model.items()}
-        generators, random_json = checkpoint.random_state()
+        generators, random_json = self.ranks.random_state()
         return tensors | generators, random_json
 
     def save(self) -> Path:
@@ -144,17 +150,25 @@ class Trainer:
             "cursor": self.lanes.state(),
             "scores": [asdict(score) for score in self.scores],
             "random": random_json,
-            "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+            "machine": self._machine(),
         }
+        model = self.ranks.whole(self.model.state_dict())
         path = checkpoint.folder(self.out) / checkpoint.name(self.counters.steps)
-        checkpoint.write(path, self.model.state_dict(), training, state, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+        if self.ranks.chief:
+            checkpoint.write(path, model, training, state, self.tokenizer)
+            checkpoint.prune(self.out, KEPT_CHECKPOINTS)
         return path
+
+    def _machine(self) -> dict[str, Any]:
+        threads = torch.get_num_threads()
+        return {"torch": torch.__version__, "threads": threads, **self.ranks.described()}
 
     def save_model(self, path: Path, score: Score) -> None:
         """The model alone, for generating."""
         state = {"config": self.described(), "settings": self.settings, "score": score.to_json()}
-        checkpoint.write(path, self.model.state_dict(), {}, state, self.tokenizer)
+        model = self.ranks.whole(self.model.state_dict())
+        if self.ranks.chief:
+            checkpoint.write(path, model, {}, state, self.tokenizer)
 
     def resume(self, saved: checkpoint.Checkpoint, *, allow: tuple[str, ...] = ()) -> None:
         """Continue from a checkpoint.
@@ -169,7 +183,7 @@ class Trainer:
         checkpoint.load_parameters(self.model, saved)
         tensors = saved.tensors(checkpoint.TRAINING)
         checkpoint.load_optimizer(self.optimizer, tensors)
-        hidden = tensors.get("hidden")
+        hidden = self.ranks.own(tensors.get("hidden"))
         self.hidden = None if hidden is None else hidden.to(self._device)
         best = {
             name.removeprefix("best."): value
@@ -180,10 +194,12 @@ class Trainer:
         self.counters = Counters(**saved.state["counters"])
         self.lanes.restore(saved.state["cursor"])
         self.scores = [Score(**score) for score in saved.state["scores"]]
-        checkpoint.restore_random_state(tensors, saved.state["random"])
+        if not self.ranks.restore_random_state(tensors, saved.state["random"]):
+            self._seed()
         self._resumed = True
-        here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        for line in difference(saved.state["machine"], here):
+        for line in difference(
+            {**distributed.Ranks().described(), **saved.state["machine"]}, self._machine()
+        ):
             self.reporter.line(f"note: {line} since the checkpoint; the last bits may differ")
 
     def finished(self) -> bool:
@@ -210,13 +226,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         state = None if fresh else self.hidden
-        loss, h_n = self.model.loss(tokens.to(self._device), targets.to(self._device), state)
+        loss, h_n = self.loss(tokens.to(self._device), targets.to(self._device), state)
         value = float(loss.detach())
         bad = "loss" if not math.isfinite(value) else ""
         if not bad:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-            bad = "" if math.isfinite(float(norm)) else "gradient"
+            bad = "" if math.isfinite(float(distributed.whole(norm))) else "gradient"
         if bad:
             self._skip(bad)
             # the state of a bad step would poison every later one
@@ -245,14 +261,16 @@ class Trainer:
     # ---- the loop -----------------------------------------------------------------------------
 
     def _evaluate(self, limit: int) -> None:
-        score = evaluate(self.model, self.store, self.tokenizer, limit=limit)
+        score = evaluate(self.model, self.store, self.tokenizer, limit=limit, ranks=self.ranks)
         self.scores.append(score)
         counters = self.counters
         counters.evals += 1
         if score.bits_per_byte < counters.best:
             counters.best, counters.since_best = score.bits_per_byte, 0
             if self.config.patience is not None:
-                self.best_model = checkpoint.own(self.model.state_dict())
+                self.best_model = checkpoint.own(
+                    self.ranks.whole(self.model.state_dict(), everywhere=True)
+                )
         else:
             counters.since_best += 1
         self._record("eval", seconds=counters.seconds, **score.to_json())
@@ -262,7 +280,8 @@ class Trainer:
         """Train until the budget is used, patience runs out, or a signal asks to stop."""
         if not self._resumed:
             self._seed()
-        if self.out is not None:
+        self.ranks.require_same([self.described(), self.counters.steps])
+        if self.out is not None and self.ranks.chief:
             self.out.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(checkpoint.folder(self.out))
             self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
@@ -280,9 +299,10 @@ class Trainer:
                 self._metrics = None
 
     def _seed(self) -> None:
-        torch.manual_seed(self.config.seed)
-        np.random.seed(self.config.seed % 2**32)
-        random.seed(self.config.seed)
+        seed = self.ranks.seed(self.config.seed, self.counters.steps)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
     def _loop(self, interrupt: Interrupt) -> str:
         counters, config = self.counters, self.config
@@ -302,9 +322,14 @@ class Trainer:
             self._show(loss, len(durations) / sum(durations))
             if self.on_step is not None:
                 self.on_step(counters.steps)
-            if interrupt.requested:
+            due = self.out is not None and now - saved_at >= self.save_every
+            # the clocks and signals of other ranks would make them part
+            counters.seconds, stop, due = self.ranks.decide(
+                counters.seconds, interrupt.requested, due
+            )
+            if stop:
                 return "interrupted"
-            if self.out is not None and now - saved_at >= self.save_every:
+            if due:
                 self.save()
                 saved_at = time.perf_counter()
         return "budget"
@@ -312,6 +337,7 @@ class Trainer:
     def _show(self, loss: float, steps_per_second: float) -> None:
         counters, config = self.counters, self.config
         speed = steps_per_second * config.batch * config.seq
+        rate = machine.gemm_rate() * self.ranks.world
         progress = Progress(
             step=counters.steps,
             share=self.budget.share(counters.steps, counters.seconds),
@@ -320,7 +346,7 @@ class Trainer:
             bits_per_byte=counters.loss_ema * self._bits_per_nat,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=speed,
-            gemm_share=speed * self.model.config.flops_per_token() / machine.gemm_rate(),
+            gemm_share=speed * self.model.config.flops_per_token() / rate,
             peak_bytes=machine.peak_memory(),
             seconds_left=self.budget.seconds_left(counters.steps, counters.seconds),
         )
@@ -337,7 +363,7 @@ class Trainer:
             words = verdict(self.counters.loss_ema, [s.nats_per_token for s in self.scores])
             if self.best_model is not None:
                 self.model.load_state_dict(self.best_model)
-            score = evaluate(self.model, self.store, self.tokenizer)
+            score = evaluate(self.model, self.store, self.tokenizer, ranks=self.ranks)
             self._record("held-out", **score.to_json())
             if self.out is not None:
                 self.save_model(self.out / "model", score)
