@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .store import Lanes, LoadedLanes, TokenStore
+from .store import Lanes, LoadedLanes
 from .tokenizer import Tokenizer
 
 
@@ -74,7 +74,7 @@ def where(model: nn.Module, forward: Callable[[], Any]) -> str:
     return f"the gradient of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
 
 
-def rows(batches: Any, store: TokenStore, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def rows(batches: Any, store: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Document, token and byte of cleaned text at which each row of the last batch begins; nothing
     for batches that are not made of running text."""
     if not isinstance(batches, Lanes | LoadedLanes):

@@ -67,6 +67,15 @@ def _saved(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from . import distributed
+
+    with distributed.connected(args.parallel) as ranks:
+        if not ranks.chief:
+            args.quiet, args.json = True, False
+        return _train_on(ranks, args)
+
+
+def _train_on(ranks: Any, args: argparse.Namespace) -> int:
     from . import checkpoint, files, planning, recipe, sinks, starting, tokenizer, trainer
     from . import settings as named
 
@@ -83,7 +92,7 @@ def _train(args: argparse.Namespace) -> int:
     known = None if start is None else start.tokenizer
     if saved is not None and chosen.init is not None:
         known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
-    data = starting.prepare(chosen, known)
+    data = ranks.first(lambda: starting.prepare(chosen, known))
     for line in starting.describe(data):
         reporter.line(line)
     model = chosen.make_model(data.tokens)
@@ -91,7 +100,7 @@ def _train(args: argparse.Namespace) -> int:
         start.load_into(model)
         reporter.line(f"starting from {start.saved.path}")
     run = trainer.Trainer(
-        model,
+        model.to(ranks.device),
         data.tokens,
         data.tokenizer,
         chosen.train_config(),
@@ -99,9 +108,10 @@ def _train(args: argparse.Namespace) -> int:
         reporter=reporter,
         save_every=args.save_every,
         settings=chosen.to_json(),
+        ranks=ranks,
     )
     if saved is not None:
-        for reason in saved.skipped:
+        for reason in saved.skipped if ranks.chief else ():
             print(f"fastlm train: skipped a damaged checkpoint: {reason}", file=sys.stderr)
         run.resume(saved, allow=tuple(filter(None, args.allow_change.split(","))))
         reporter.line(f"resumed from {saved.path}")
@@ -116,7 +126,10 @@ def _train(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(asdict(result))
     if result.stopped == "interrupted":
-        print(f"interrupted and saved; resume with: {_resume_command(args.out)}", file=sys.stderr)
+        if ranks.chief:
+            print(
+                f"interrupted and saved; resume with: {_resume_command(args.out)}", file=sys.stderr
+            )
         return errors.INTERRUPTED
     reporter.line(f"held out: {result.score}\n{result.verdict}\nmodel: {args.out / 'model'}")
     return errors.OK
@@ -225,12 +238,21 @@ _COMMANDS = {
 }
 
 
+def _ranks() -> tuple[int, int]:
+    """(rank, ranks) of torchrun; (0, 1) without it."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _run(argv: Sequence[str]) -> int:
     if argv[:2] == ["bench", "recall"]:
         return importlib.import_module("fastlm.lm.recall").main(list(argv[2:]))
     if argv[:1] == ["bench"]:
         return importlib.import_module("fastlm.bench").main(list(argv[1:]))
     args = build_parser().parse_args(argv)
+    if _ranks()[1] > 1 and args.command != "train":
+        raise errors.UsageError(f"{args.command} runs in one process; torchrun is for train")
     if args.threads is not None:
         import torch
 
@@ -243,15 +265,17 @@ def _run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    rank, _ = _ranks()
+    name = f"fastlm: rank {rank}" if rank else "fastlm"
     try:
         code = _run(arguments)
         sys.stdout.flush()
         return code
     except errors.LMError as error:
-        print(f"fastlm: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fastlm: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        print(f"{name}: stopped at once; the last checkpoint is whole", file=sys.stderr)
         return errors.INTERRUPTED
     except BrokenPipeError:
         # the reader has what it wants; keep Python from failing again at exit
@@ -259,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return errors.OK
     except (MemoryError, RuntimeError, OSError) as error:
         if errors.out_of_space(error):
-            print(f"fastlm: error: out of memory or disk: {error}", file=sys.stderr)
+            print(f"{name}: error: out of memory or disk: {error}", file=sys.stderr)
             return errors.OUT_OF_SPACE
         if isinstance(error, OSError) and error.filename is not None:
-            print(f"fastlm: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(f"{name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
             return errors.USAGE
         raise

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .distributed import Ranks
 from .kinds import LanguageModel
 from .pairs import IGNORED, PairStore
 from .store import Lanes, TokenStore
@@ -52,11 +53,12 @@ def evaluate(
     *,
     split: str = "held",
     limit: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Score the first `limit` tokens of a split, as one text; of pairs, what is learned of them."""
-    if isinstance(store, PairStore):
+    if isinstance(store, PairStore):  # by every rank: they are few
         return score_pairs(model, store, tokenizer, split=split, limit=limit)
-    return score(model, store.first(split, limit), tokenizer)
+    return score(model, store.first(split, limit), tokenizer, ranks)
 
 
 @torch.no_grad()
@@ -99,16 +101,19 @@ def by_document(
     }
 
 
-def score(model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer) -> Score:
+def score(
+    model: LanguageModel, ids: NDArray[Any], tokenizer: Tokenizer, ranks: Ranks | None = None
+) -> Score:
     """Score a text of two tokens or more, in parallel lanes that carry their state.
 
     A lane starts without context, so the result is a little worse than reading in one piece. A
-    Transformer reads half of its context and scores the other half.
+    Transformer reads half of its context and scores the other half. The lanes are shared out among
+    ranks.
     """
     rows = min(ROWS, max(1, len(ids) // _length(model)))
     lane = (len(ids) - 1) // rows
     lanes = np.stack([ids[row * lane : row * lane + lane + 1] for row in range(rows)])
-    return _score(model, lanes.astype(np.int64), tokenizer)
+    return _score(model, lanes.astype(np.int64), tokenizer, ranks)
 
 
 def sample(
@@ -118,6 +123,7 @@ def sample(
     *,
     split: str,
     limit: int,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Score about `limit` tokens of a split, in lanes at equal distances over all of it."""
     if isinstance(store, PairStore):  # their order is no order of time or topic
@@ -126,7 +132,7 @@ def sample(
     rows = min(ROWS, max(1, size // _length(model)))
     lanes = Lanes(store.ids, store.spans(split), batch=rows, length=max(1, size // rows - 1))
     tokens, targets, _ = lanes.at(0, 0)
-    return _score(model, torch.cat([tokens, targets[:, -1:]], 1).numpy(), tokenizer)
+    return _score(model, torch.cat([tokens, targets[:, -1:]], 1).numpy(), tokenizer, ranks)
 
 
 def _length(model: LanguageModel) -> int:
@@ -135,11 +141,17 @@ def _length(model: LanguageModel) -> int:
 
 
 @torch.no_grad()
-def _score(model: LanguageModel, lanes: NDArray[np.int64], tokenizer: Tokenizer) -> Score:
-    """lanes [rows, tokens and one more]."""
+def _score(
+    model: LanguageModel,
+    lanes: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    ranks: Ranks | None = None,
+) -> Score:
+    """lanes [rows, tokens and one more], shared out among ranks."""
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     rows, lane, length = lanes.shape[0], lanes.shape[1] - 1, _length(model)
-    window = torch.from_numpy(lanes).to(device)
+    window, counts = ranks.share(torch.from_numpy(lanes).to(device))
     was_training = model.training
     model.eval()
     state, nats = None, 0.0
@@ -147,8 +159,9 @@ def _score(model: LanguageModel, lanes: NDArray[np.int64], tokenizer: Tokenizer)
         tokens = window[:, start : min(start + length, lane)].contiguous()
         targets = window[:, start + 1 : start + 1 + tokens.shape[1]].contiguous()
         loss, state = model.loss(tokens, targets, state)
-        nats += float(loss) * targets.numel()
+        nats += float(loss) * targets.numel() * counts
     model.train(was_training)
+    nats = ranks.total(nats)
     count = rows * lane
     size = int(tokenizer.byte_lengths()[lanes[:, 1:]].sum())
     return Score(nats / count, nats / math.log(2) / max(1, size), count, size)

@@ -11,9 +11,8 @@ from torch import Tensor
 from fastlm import extension
 
 from .config import TrainConfig
+from .distributed import IGNORED, Loss, Ranks
 from .kinds import LanguageModel
-
-IGNORED = -100
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:
@@ -34,19 +33,15 @@ def forward_context(device: torch.device, precision: str) -> contextlib.Abstract
 
 
 def forward(
-    model: LanguageModel,
-    tokens: Tensor,
-    targets: Tensor,
-    state: Tensor | None,
-    config: TrainConfig,
+    loss_of: Loss, tokens: Tensor, targets: Tensor, state: Tensor | None, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
-    """(what training minimises, state)."""
+    """(what training minimises, state); `loss_of`: `loss` of a model."""
     # models of a caller need know of smoothing only when it is on
     options: dict[str, Any] = {}
     if config.label_smoothing:
         options["label_smoothing"] = config.label_smoothing
     with forward_context(tokens.device, config.precision):
-        return model.loss(tokens, targets, state, **options)
+        return loss_of(tokens, targets, state, **options)
 
 
 def _carried(model: LanguageModel, state: Tensor) -> Tensor | None:
@@ -56,19 +51,21 @@ def _carried(model: LanguageModel, state: Tensor) -> Tensor | None:
 
 def backward(
     model: LanguageModel,
+    loss_of: Loss,
     tokens: Tensor,
     targets: Tensor,
     state: Tensor | None,
     config: TrainConfig,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Add the gradient of the batch's mean loss; (that loss, the state to carry), both detached.
 
     Rows go through the model in `config.accumulate` parts. Each part counts by the targets it has,
-    which makes the sum the mean over the batch even where targets are ignored; each takes and
-    leaves its own rows of the state [L, B, H].
+    on all ranks, which makes the sum the mean over the batch even where targets are ignored; each
+    takes and leaves its own rows of the state [L, B, H].
     """
     if config.accumulate == 1:
-        loss, after = forward(model, tokens, targets, state, config)
+        loss, after = forward(loss_of, tokens, targets, state, config)
         loss.backward()
         return loss.detach(), _carried(model, after)
     token_parts = tokens.chunk(config.accumulate)
@@ -76,12 +73,12 @@ def backward(
     state_parts: Any = [None] * len(token_parts)
     if state is not None:
         state_parts = state.split([len(part) for part in token_parts], 1)
-    kept = [int((part != IGNORED).sum()) for part in target_parts]
+    kept = (ranks or Ranks()).totals([int((part != IGNORED).sum()) for part in target_parts])
     total, states = torch.zeros((), device=tokens.device), []
     for part, wanted, before, count in zip(
         token_parts, target_parts, state_parts, kept, strict=True
     ):
-        loss, after = forward(model, part, wanted, before, config)
+        loss, after = forward(loss_of, part, wanted, before, config)
         if count:  # the mean over no target is NaN
             share = loss * (count / sum(kept))
             share.backward()

@@ -371,6 +371,11 @@ def _training_commands(commands: Any) -> None:
         metavar="S",
         help="seconds between two lines (5)",
     )
+    train.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp2"),
+        help="under torchrun: whole parameters on every rank (ddp, the default) or parts",
+    )
     _train_options(train)
     _output_options(train)
 

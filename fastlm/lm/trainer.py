@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import anomaly, checkpoint, files, gradients, machine
+from . import anomaly, checkpoint, distributed, files, gradients, machine
 from .budget import Budget, learning_rate
 from .config import TrainConfig, difference
 from .diagnosis import verdict
@@ -79,6 +79,7 @@ class Trainer(Callbacks):
         out: run folder for checkpoints and metrics.jsonl; None keeps nothing on disk.
         settings: stored in every checkpoint for whoever resumes; not compared.
         on_step: called with the number of finished steps; for tests and callbacks.
+        ranks: this process among several, from `distributed.connected`.
     """
 
     def __init__(
@@ -93,16 +94,21 @@ class Trainer(Callbacks):
         save_every: float = 30.0,
         settings: dict[str, Any] | None = None,
         on_step: Callable[[int], None] | None = None,
+        ranks: distributed.Ranks | None = None,
     ) -> None:
         super().__init__()
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UsageError("the token store was written with another tokenizer")
         self.model, self.store, self.tokenizer, self.config = model, store, tokenizer, config
+        self.ranks, self._kind = ranks or distributed.Ranks(), type(model).__name__
+        self.loss = self.ranks.wrap(model)
         self.out = None if out is None else Path(out)
-        self.reporter = reporter or Quiet()
+        self.reporter = reporter if reporter and self.ranks.chief else Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
-        self.lanes: Batches = store.batches(batch=config.batch, length=config.seq, seed=config.seed)
+        self.ranks.adopt(self.optimizer)
+        batches = store.batches(batch=config.batch, length=config.seq, seed=config.seed)
+        self.lanes: Batches = self.ranks.rows_of(batches, config.batch)
         self.budget = Budget.parse(config.budget).resolve(self.lanes.steps_per_epoch)
         self.counters = Counters()
         self.hidden: Tensor | None = None
@@ -124,18 +130,18 @@ class Trainer(Callbacks):
     def described(self) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint."""
         return {
-            "model": {"kind": type(self.model).__name__, **self.model.config_dict()},
+            "model": {"kind": self._kind, **self.model.config_dict()},
             "train": asdict(self.config),
             "data": {"tokenizer": self.tokenizer.sha256, "tokens": self.store.sha256},
         }
 
     def _training_tensors(self) -> tuple[checkpoint.Tensors, dict[str, Any]]:
-        tensors = checkpoint.optimizer_tensors(self.optimizer)
-        if self.hidden is not None:
-            tensors["hidden"] = self.hidden
+        tensors = self.ranks.whole(checkpoint.optimizer_tensors(self.optimizer))
+        if (hidden := self.ranks.together(self.hidden)) is not None:
+            tensors["hidden"] = hidden
         if self.best_model is not None:
             tensors |= {f"best.{name}": value for name, value in self.best_model.items()}
-        generators, random_json = checkpoint.random_state()
+        generators, random_json = self.ranks.random_state()
         return tensors | generators, random_json
 
     def save(self) -> Path:
@@ -150,18 +156,26 @@ class Trainer(Callbacks):
             "scores": [asdict(score) for score in self.scores],
             "train_curve": self.train_curve,
             "random": random_json,
-            "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+            "machine": self._machine(),
         }
+        model = self.ranks.whole(self.model.state_dict())
         path = checkpoint.folder(self.out) / checkpoint.name(self.counters.steps)
-        checkpoint.write(path, self.model.state_dict(), training, state, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS)
-        self.emit("save", path)
+        if self.ranks.chief:
+            checkpoint.write(path, model, training, state, self.tokenizer)
+            checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+            self.emit("save", path)
         return path
+
+    def _machine(self) -> dict[str, Any]:
+        threads = torch.get_num_threads()
+        return {"torch": torch.__version__, "threads": threads, **self.ranks.described()}
 
     def save_model(self, path: Path, score: Score) -> None:
         """The model alone, for generating."""
         state = {"config": self.described(), "settings": self.settings, "score": score.to_json()}
-        checkpoint.write(path, self.model.state_dict(), {}, state, self.tokenizer)
+        model = self.ranks.whole(self.model.state_dict())
+        if self.ranks.chief:
+            checkpoint.write(path, model, {}, state, self.tokenizer)
 
     def resume(self, saved: checkpoint.Checkpoint, *, allow: tuple[str, ...] = ()) -> None:
         """Continue from a checkpoint.
@@ -179,7 +193,7 @@ class Trainer(Callbacks):
         checkpoint.load_parameters(self.model, saved)
         tensors = saved.tensors(checkpoint.TRAINING)
         checkpoint.load_optimizer(self.optimizer, tensors)
-        hidden = tensors.get("hidden")
+        hidden = self.ranks.own(tensors.get("hidden"))
         self.hidden = None if hidden is None else hidden.to(self._device)
         best = {
             name.removeprefix("best."): value
@@ -191,10 +205,12 @@ class Trainer(Callbacks):
         self.lanes.restore(saved.state["cursor"])
         self.scores = [Score(**score) for score in saved.state["scores"]]
         self.train_curve = list(saved.state.get("train_curve", ()))
-        checkpoint.restore_random_state(tensors, saved.state["random"])
+        if not self.ranks.restore_random_state(tensors, saved.state["random"]):
+            self._seed()
         self._resumed = True
-        here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        for line in difference(saved.state["machine"], here):
+        for line in difference(
+            {**distributed.Ranks().described(), **saved.state["machine"]}, self._machine()
+        ):
             self.reporter.line(f"note: {line} since the checkpoint; the last bits may differ")
 
     def finished(self) -> bool:
@@ -226,11 +242,13 @@ class Trainer(Callbacks):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         state = None if fresh else self.hidden
-        loss, after = gradients.backward(self.model, tokens, targets, state, config)
+        loss, after = gradients.backward(
+            self.model, self.loss, tokens, targets, state, config, self.ranks
+        )
         value = float(loss)
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(found)
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
+        if not (math.isfinite(value) and math.isfinite(float(distributed.whole(norm)))):
             self._skip("gradient" if math.isfinite(value) else "loss", tokens, targets, state)
             # the state of a bad step would poison every later one
             self.hidden = state
@@ -251,11 +269,12 @@ class Trainer(Callbacks):
         self.counters.skipped += 1
         self._bad_in_a_row += 1
         where = anomaly.where(
-            self.model, lambda: gradients.forward(self.model, tokens, targets, state, self.config)
+            self.model, lambda: gradients.forward(self.loss, tokens, targets, state, self.config)
         )
         found = {"reason": f"{what} not finite", "where": where, "cursor": self.lanes.state()}
         if self.out is not None:
-            path = self.out / "skipped" / f"step-{self.counters.steps:08d}.json"
+            rank = f"-rank{self.ranks.rank}" if self.ranks.world > 1 else ""
+            path = self.out / "skipped" / f"step-{self.counters.steps:08d}{rank}.json"
             rows = anomaly.rows(self.lanes, self.store, self.tokenizer)
             batch = {"tokens": tokens.tolist(), "targets": targets.tolist()}
             files.write_json(path, {**found, "rows": rows, **batch})
@@ -273,7 +292,7 @@ class Trainer(Callbacks):
     # ---- the loop -----------------------------------------------------------------------------
 
     def _evaluate(self, limit: int) -> None:
-        score = evaluate(self.model, self.store, self.tokenizer, limit=limit)
+        score = evaluate(self.model, self.store, self.tokenizer, limit=limit, ranks=self.ranks)
         self.scores.append(score)
         self.train_curve.append(self.counters.loss_ema)
         counters = self.counters
@@ -281,7 +300,9 @@ class Trainer(Callbacks):
         if score.bits_per_byte < counters.best:
             counters.best, counters.since_best = score.bits_per_byte, 0
             if self.config.patience is not None:
-                self.best_model = checkpoint.own(self.model.state_dict())
+                self.best_model = checkpoint.own(
+                    self.ranks.whole(self.model.state_dict(), everywhere=True)
+                )
         else:
             counters.since_best += 1
         self._record("eval", seconds=counters.seconds, **score.to_json())
@@ -292,7 +313,8 @@ class Trainer(Callbacks):
         """Train until the budget is used, patience runs out, or a signal asks to stop."""
         if not self._resumed:
             self._seed()
-        if self.out is not None:
+        self.ranks.require_same([self.described(), self.counters.steps])
+        if self.out is not None and self.ranks.chief:
             self.out.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(checkpoint.folder(self.out))
             self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
@@ -314,9 +336,10 @@ class Trainer(Callbacks):
                 self._metrics = None
 
     def _seed(self) -> None:
-        torch.manual_seed(self.config.seed)
-        np.random.seed(self.config.seed % 2**32)
-        random.seed(self.config.seed)
+        seed = self.ranks.seed(self.config.seed, self.counters.steps)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
     def _loop(self, interrupt: Interrupt) -> str:
         counters, config = self.counters, self.config
@@ -337,9 +360,14 @@ class Trainer(Callbacks):
             if self.on_step is not None:
                 self.on_step(counters.steps)
             self.emit("step", counters.steps)
-            if interrupt.requested:
+            due = self.out is not None and now - saved_at >= self.save_every
+            # the clocks and signals of other ranks would make them part
+            counters.seconds, stop, due = self.ranks.decide(
+                counters.seconds, interrupt.requested, due
+            )
+            if stop:
                 return "interrupted"
-            if self.out is not None and now - saved_at >= self.save_every:
+            if due:
                 self.save()
                 saved_at = time.perf_counter()
         return "budget"
@@ -349,6 +377,7 @@ class Trainer(Callbacks):
         speed = steps_per_second * self.lanes.tokens_per_step
         idle = 6 * sizes.hidden_size * sizes.vocab_size * (1.0 - self.lanes.learned_share)
         rate = machine.gemm_rate(device=self._device, precision=self.config.precision)
+        rate *= self.ranks.world
         progress = Progress(
             step=counters.steps,
             steps=int(self.budget.amount) if self.budget.unit == "steps" else None,
@@ -371,7 +400,9 @@ class Trainer(Callbacks):
         settings, now = self.model.config, None
         if settings.dropout or self.config.label_smoothing or getattr(settings, "z_loss", 0.0):
             limit = self.config.eval_tokens
-            same = sample(self.model, self.store, self.tokenizer, split="train", limit=limit)
+            same = sample(
+                self.model, self.store, self.tokenizer, split="train", limit=limit, ranks=self.ranks
+            )
             self._record("train", **same.to_json())
             now = same.nats_per_token
         return verdict(self.train_curve, [s.nats_per_token for s in self.scores], now)
@@ -386,7 +417,7 @@ class Trainer(Callbacks):
             words = self._verdict()
             if self.best_model is not None:
                 self.model.load_state_dict(self.best_model)
-            score = evaluate(self.model, self.store, self.tokenizer)
+            score = evaluate(self.model, self.store, self.tokenizer, ranks=self.ranks)
             self._record("held-out", **score.to_json())
             if self.out is not None:
                 self.save_model(self.out / "model", score)
