@@ -138,8 +138,9 @@ class Masked:
         return tokens, targets, True
 
 
-def masks(kind: str, way: str) -> None:
-    alone, ours = together(kind, way)
+def masks(kind: str, way: str, accumulate: int = 1) -> None:
+    settings = replace(SMALL, accumulate=accumulate)
+    alone, ours = (make(kind, each, settings, dtype=torch.float64) for each in (None, way))
     alone.lanes = Masked(alone.lanes)
     ours.lanes = ours.ranks.rows_of(Masked(ours.lanes._batches), 6)
     found = [[run.step() for _ in range(4)] for run in (alone, ours)]
@@ -357,6 +358,7 @@ CASES: dict[str, Callable[[], None]] = dict(
         *(of(losses, *each) for each in EVERY),
         of(recomputed_layers),
         *(of(masks, *each) for each in EVERY),
+        *(of(masks, *each, 3) for each in EVERY),
         of(not_finite, "gru", "ddp", "loss"),
         of(not_finite, "gru", "ddp", "gradient"),
         of(not_finite, "transformer", "fsdp2", "loss"),

@@ -57,6 +57,11 @@ class Ranks:
     def chief(self) -> bool:
         return self.rank == 0
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether no rank can compute the model without the others."""
+        return self.way == "fsdp2"
+
     def described(self) -> dict[str, Any]:
         return {"ranks": self.world, "parallel": self.way}
 
@@ -166,9 +171,12 @@ class _OwnRows:
         self._batches, self._ranks = batches, ranks
 
     def next(self) -> tuple[Tensor, Tensor, bool]:
+        """As many rows on every rank: where they run out, one that does not count."""
         tokens, targets, fresh = self._batches.next()
-        (tokens, _), (targets, counts) = self._ranks.share(tokens), self._ranks.share(targets)
-        return tokens, targets if counts else torch.full_like(targets, IGNORED), fresh
+        size = -(-len(tokens) // self._ranks.world)
+        rows = torch.arange(size) + self._ranks.rank * size
+        over, rows = rows >= len(tokens), rows.clamp(max=len(tokens) - 1)
+        return tokens[rows], targets[rows].masked_fill(over[:, None], IGNORED), fresh
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)

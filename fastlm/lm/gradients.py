@@ -51,19 +51,21 @@ def _carried(model: LanguageModel, state: Tensor) -> Tensor | None:
 
 def backward(
     model: LanguageModel,
-    loss_of: Loss,
     tokens: Tensor,
     targets: Tensor,
     state: Tensor | None,
     config: TrainConfig,
+    *,
+    loss_of: Loss | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Add the gradient of the batch's mean loss; (that loss, the state to carry), both detached.
 
     Rows go through the model in `config.accumulate` parts. Each part counts by the targets it has,
     on all ranks, which makes the sum the mean over the batch even where targets are ignored; each
-    takes and leaves its own rows of the state [L, B, H].
+    takes and leaves its own rows of the state [L, B, H]. `loss_of`: `model.loss` over all ranks.
     """
+    loss_of = loss_of or model.loss
     if config.accumulate == 1:
         loss, after = forward(loss_of, tokens, targets, state, config)
         loss.backward()
@@ -74,12 +76,13 @@ def backward(
     if state is not None:
         state_parts = state.split([len(part) for part in token_parts], 1)
     kept = (ranks or Ranks()).totals([int((part != IGNORED).sum()) for part in target_parts])
-    total, states = torch.zeros((), device=tokens.device), []
+    # of nothing the mean is NaN, here as in one part
+    total, states = torch.full((), 0.0 if sum(kept) else torch.nan, device=tokens.device), []
     for part, wanted, before, count in zip(
         token_parts, target_parts, state_parts, kept, strict=True
     ):
         loss, after = forward(loss_of, part, wanted, before, config)
-        if count:  # the mean over no target is NaN
+        if count:
             share = loss * (count / sum(kept))
             share.backward()
             total += share.detach()

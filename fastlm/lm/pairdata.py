@@ -91,8 +91,11 @@ def prepare_pairs(
     how = [config.format, config.group, config.holdout, config.longest]
     key = files.digest([VERSION, sources.fingerprint(config.paths), *how, *chosen])
     path = (cache or files.cache_dir()) / "pairs" / key[:24]
-    if (found := _open(path, config.learn)) is not None:
-        return found
+    with files.locked(path):
+        return _open(path, config.learn) or _write(path, config, given)
+
+
+def _write(path: Path, config: PairConfig, given: tokenizer.Tokenizer | None) -> PreparedPairs:
     texts, held, tally = read(config)
     train = [pair for pair, out in zip(texts, held, strict=True) if not out]
     made = _make(config, train) if given is None else given

@@ -102,9 +102,16 @@ def prepare(
         [VERSION, sources.fingerprint(paths), *choices, kind, config.vocab_size, config.held_out()]
     )
     path = (cache or files.cache_dir()) / "tokens" / key[:24]
-    found = _open(path)
-    if found is not None:
-        return found
+    with files.locked(path):
+        return _open(path) or _make(path, paths, config, given)
+
+
+def _make(
+    path: Path,
+    paths: list[str | Path],
+    config: DataConfig,
+    given: tokenizer.Tokenizer | None,
+) -> Prepared:
     made: list[tokenizer.Tokenizer] = []
 
     def fill(folder: Path) -> None:

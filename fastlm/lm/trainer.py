@@ -243,7 +243,7 @@ class Trainer(Callbacks):
             group["lr"] = rate
         state = None if fresh else self.hidden
         loss, after = gradients.backward(
-            self.model, self.loss, tokens, targets, state, config, self.ranks
+            self.model, tokens, targets, state, config, loss_of=self.loss, ranks=self.ranks
         )
         value = float(loss)
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -268,9 +268,10 @@ class Trainer(Callbacks):
         """Write down the batch and where it went wrong."""
         self.counters.skipped += 1
         self._bad_in_a_row += 1
-        where = anomaly.where(
-            self.model, lambda: gradients.forward(self.loss, tokens, targets, state, self.config)
-        )
+        where = "in a model that is in parts; --parallel ddp finds the module"
+        if not self.ranks.in_parts:
+            tried = (self.model.loss, tokens, targets, state, self.config)
+            where = anomaly.where(self.model, lambda: gradients.forward(*tried))
         found = {"reason": f"{what} not finite", "where": where, "cursor": self.lanes.state()}
         if self.out is not None:
             rank = f"-rank{self.ranks.rank}" if self.ranks.world > 1 else ""
