@@ -16,6 +16,7 @@ _HOME = {
     "GRULM": "model",
     "InputError": "errors",
     "CheckpointError": "errors",
+    "Continuation": "generation",
     "LMError": "errors",
     "PlainGRULM": "model",
     "PlainTransformerLM": "transformer",
@@ -26,6 +27,7 @@ _HOME = {
     "TransformerLM": "transformer",
     "evaluate": "evaluation",
     "generate": "generation",
+    "generate_batch": "generation",
     "load": "generation",
     "prepare": "preparation",
 }
