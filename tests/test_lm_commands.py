@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from fastlm.lm import cli, data, policy
-from fastlm.lm.errors import InputError
+from fastlm.lm import cli, data
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +101,95 @@ def test_from_preferences_to_a_policy(
     assert cli.main(["generate", str(tmp_path / "rl"), "--max-new-tokens", "3"]) == 0
 
 
-def test_a_reward_of_ones_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["rl", str(run / "run"), "--out", str(tmp_path / "rl"), "--budget", "1steps"]
-    assert cli.main([*arguments, "--reward", "nowhere:nothing"]) == 2
-    assert "MODULE:FUNCTION" in capsys.readouterr().err
-    assert cli.main([*arguments, "--reward", "builtins:zip"]) == 3
-    assert "the reward function" in capsys.readouterr().err
-    with pytest.raises(InputError, match="raised"):
-        policy.judged(lambda prompts, texts: [1 / 0], ["p"], ["t"])
+REWARDS = """
+import math
+
+def letters(prompts, texts):
+    return [text.count("e") / 10 for text in texts]
+
+def raises(prompts, texts):
+    return [1 / (len(text) > 10**6) for text in texts]
+
+def nan(prompts, texts):
+    return [0.5, math.nan] + [0.5] * (len(texts) - 2)
+
+def short(prompts, texts):
+    return [0.5, 0.5, 0.5]
+
+def words(prompts, texts):
+    return ["good"] * len(texts)
+
+def nothing(prompts, texts):
+    pass
+
+def equal(prompts, texts):
+    return [2] * len(texts)
+
+limit = 3
+"""
+RL = ["--budget", "2steps", "--batch", "8", "--group", "4", "--length", "6", "--prompt", "6"]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module of rewards, to work in."""
+    (tmp_path / "rewards_of_ones_own.py").write_text(REWARDS)
+    (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("rewards_of_ones_own", "broken_rewards"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.invalidate_caches()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, code, message",
+    [
+        ("nowhere:nothing", 2, "MODULE:FUNCTION.*No module named 'nowhere'$"),
+        ("runs/rewrad", 2, "'runs/rewrad': no such folder"),
+        ("rewards_of_one_own:nan", 2, "No module named.*did you mean rewards_of_ones_own?"),
+        ("rewards_of_ones_own:leters", 2, "has no leters; did you mean letters?"),
+        ("rewards_of_ones_own:limit", 2, "no function but int"),
+        ("broken_rewards:letters", 2, "importing it raised ZeroDivisionError: division by zero"),
+        (
+            "rewards_of_ones_own:raises", 3,
+            r"raised ZeroDivisionError: division by zero \(rewards_of_ones_own.py, line 8\); "
+            "text 0 is ['\"]",
+        ),
+        ("rewards_of_ones_own:nan", 3, "reward of text 1 must be a finite number, got nan; text 1"),
+        ("rewards_of_ones_own:short", 3, "3 rewards for 200 texts; text 3 is ['\"]"),
+        ("rewards_of_ones_own:words", 3, "text 0 must be a finite number, got 'good'; text 0 is"),
+        ("rewards_of_ones_own:nothing", 3, "gave NoneType, not a list of numbers"),
+    ],
+)  # fmt: skip
+def test_rewards_that_cannot_be_used(
+    run: Path, own: Path, capsys: pytest.CaptureFixture, name: str, code: int, message: str
+) -> None:
+    arguments = ["rl", str(run / "run"), "--out", str(own / "rl"), "--reward", name, *RL]
+    assert cli.main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("fastlm: error: ") and error.count("\n") == 1
+    assert re.search(message, error.strip()), error
+    assert not (own / "rl" / "model").exists()
+
+
+def test_a_reward_of_ones_own(run: Path, own: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["rl", str(run / "run"), "--reward", "rewards_of_ones_own:letters", *RL]
+    found = said(capsys, *arguments, "--out", str(own / "rl"))
+    assert found["stopped"] == "budget" and len(found["history"]) == 2
+    far = said(capsys, *arguments, "--out", str(own / "far"), "--largest-kl", "1e-9", "--lr", "0.1")
+    assert far["stopped"] == "kl" and len(far["history"]) == 2
+    assert cli.main([*arguments, "--out", str(own / "long"), "--prompt", "99999"]) == 3
+    assert "no document of the train part has 100000 tokens" in capsys.readouterr().err
+
+
+def test_equal_rewards_are_a_warning(run: Path, own: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["rl", str(run / "run"), "--reward", "rewards_of_ones_own:equal", *RL]
+    with pytest.warns(UserWarning, match="all 8 rewards are 2: nothing to learn from them"):
+        found = said(capsys, *arguments, "--out", str(own / "rl"))
+    numbers = [value for done in found["history"] for value in done.values()]
+    assert all(map(math.isfinite, numbers)) and found["before"] == found["after"]
 
 
 def test_another_text_than_in_training_is_noticed(

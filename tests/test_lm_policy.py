@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm.lm import checkpoint, policy, preferences, reward, rollouts, store
+from fastlm.lm import checkpoint, judging, policy, preferences, reward, rollouts, store
 from fastlm.lm.data import Document
 from fastlm.lm.errors import CheckpointError, InputError, TrainingError, UsageError
 from fastlm.lm.model import GRULM
@@ -205,8 +205,10 @@ def test_penalty_keeps_the_model_near_its_start(tokens: store.TokenStore) -> Non
     "judge, message",
     [
         (lambda p, t: [1.0], "1 rewards for 8 texts"),
-        (lambda p, t: [1.0] * 7 + [math.nan], r"reward of text 7 is nan: '"),
-        (lambda p, t: 1 / 0, r"raised ZeroDivisionError.*the first text was '"),
+        (lambda p, t: [1.0] * 7 + [math.nan], r"reward of text 7 must be .* got nan; text 7 is '"),
+        (lambda p, t: 1 / 0, r"raised ZeroDivisionError.*; text 0 is ['\"]"),
+        (lambda p, t: [1.0] * 9, "9 rewards for 8 texts$"),
+        (lambda p, t: torch.full((8, 1), -math.inf), r"reward of text 0 must be .*got \[-inf\]"),
     ],
 )
 def test_unusable_rewards_are_named(judge: Any, message: str, tokens: store.TokenStore) -> None:
@@ -215,6 +217,91 @@ def test_unusable_rewards_are_named(judge: Any, message: str, tokens: store.Toke
     with pytest.raises(InputError, match=message):
         trainer(tokens, model, judge).fit()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_text_that_makes_a_reward_raise_is_named() -> None:
+    texts = ["one", "two", "three", "four"]
+    with pytest.raises(judging.RewardError, match=r"list index.*; text 2 is 'three'") as caught:
+        judging.judged(lambda p, t: [[1.0][len(x) > 4] for x in t], ["p"] * 4, texts)
+    assert (caught.value.sample, caught.value.prompt, caught.value.text) == (2, "p", "three")
+
+    def only_together(prompts: Any, texts: Any) -> list[float]:
+        if len(texts) > 1:
+            raise ValueError("one\nat a time")
+        return [1.0]
+
+    with pytest.raises(
+        judging.RewardError,
+        match="one at a time [(]test_lm_policy.py, line [0-9]+[)]; text 0 is 'one'",
+    ):
+        judging.judged(only_together, ["p"] * 4, texts)
+    assert judging.judged(lambda p, t: torch.arange(4), [""] * 4, texts).tolist() == [0, 1, 2, 3]
+    assert judging.judged(lambda p, t: iter([True]), ["p"], ["t"]).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("algorithm", policy.ALGORITHMS)
+@pytest.mark.parametrize("make", MODELS)
+def test_the_ratio_of_the_first_update_is_one_without_another_pass(
+    make: Any, algorithm: str, temperature: float, tokens: store.TokenStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """To the bit, against the pass that is left out; and it is left out."""
+    loss, scored = fastlm.policy_loss, rollouts.logprobs_of
+    passes: list[Any] = []
+    ratios: list[bool] = []
+
+    def watched(model: Any, *arguments: Any) -> Tensor:
+        passes.append(model)
+        return scored(model, *arguments)
+
+    def checked(now: Tensor, advantages: Tensor, **how: Any) -> Tensor:
+        old = how["old_logprobs"]
+        if len(ratios) % updates == 0:
+            prompts, made, kept = written[-1]
+            with torch.no_grad():
+                assert torch.equal(scored(run.model, prompts, made, temperature), now)
+                assert torch.equal(kept, now)
+        if old is not None:
+            ratios.append(bool(((now - old).exp() == 1).all()))
+        else:
+            ratios.append(True)
+        return loss(now, advantages, **how)
+
+    roll, written = rollouts.rollout, []
+
+    def kept(*arguments: Any, **how: Any) -> Any:
+        passes.append("rollout")
+        found = roll(*arguments, **how)
+        written.append((found.prompts, found.tokens, found.logprobs.detach().clone()))
+        return found
+
+    updates = 2 if algorithm in ("ppo", "grpo") else 1
+    options = {"temperature": temperature, "updates": updates, "lr": 1e-2}
+    run = trainer(tokens, make(), algorithm=algorithm, budget="2steps", **options)
+    monkeypatch.setattr(fastlm, "policy_loss", checked)
+    monkeypatch.setattr(rollouts, "logprobs_of", watched)
+    monkeypatch.setattr(rollouts, "rollout", kept)
+    run.fit()
+    assert ratios == ([True, False] if updates == 2 else [True]) * 2
+    # of the reference, and of the second update; a Transformer's rollout has that of its gradient
+    own = [run.model] * (updates - 1)
+    forward = [run.model] if make is transformer else []
+    assert passes == ["rollout", *forward, run.reference, *own] * 2
+
+
+def test_texts_that_do_not_fit_into_the_context(tokens: store.TokenStore) -> None:
+    with pytest.raises(UsageError, match="context of 32 tokens, got 20 [+] 13"):
+        trainer(tokens, transformer(), prompt=20, length=13)
+    assert trainer(tokens, transformer(), prompt=20, length=12, budget="1steps").fit().history
+
+
+def test_groups_of_equal_rewards_are_told_as_such(tokens: store.TokenStore) -> None:
+    def judge(prompts: Any, texts: Any) -> list[float]:
+        return [float(prompt == prompts[0]) for prompt in prompts]
+
+    with pytest.warns(UserWarning, match="the texts of each prompt have equal rewards"):
+        trainer(tokens, gru(), judge, algorithm="rloo", budget="1steps").fit()
 
 
 @pytest.mark.parametrize("algorithm", policy.ALGORITHMS)
@@ -287,7 +374,7 @@ def test_rejects(options: dict[str, Any], message: str) -> None:
 
 
 def test_reward_of_ones_own() -> None:
-    assert policy.reward_function("builtins:zip") is zip
+    assert judging.reward_function("builtins:zip") is zip
     for name in ("missing_module:f", "builtins:nothing", "builtins", ""):
         with pytest.raises(UsageError, match="--reward"):
-            policy.reward_function(name)
+            judging.reward_function(name)

@@ -33,6 +33,12 @@ struct DecoderWeights {
   const float* table;      // [V, 3H] input projections, or null: project at every step
 };
 
+// On tokens that a sequence has, before temperature and filters.
+struct Penalties {
+  double repetition;           // a logit above 0 is divided by it, one below multiplied
+  double presence, frequency;  // taken from the logit of a token that was made; times how often
+};
+
 struct Generation {
   DecoderWeights weights;
   int64_t batch;
@@ -47,6 +53,8 @@ struct Generation {
   const int64_t* row_ids;        // [B] row numbers of the draws
   int64_t max_new, seed, first_step;
   SampleOptions sampling;
+  Penalties penalties;
+  int32_t* seen;  // [B, classes] twice how often a token was made, + 1 if it was read; null: none
 
   int64_t* tokens;   // [B, max_new], filled by the caller; -1: its row was no distribution
   float* logprobs;   // [B, max_new], filled by the caller
@@ -80,7 +88,9 @@ struct GenerationStep {
 int64_t generation_gates_size(int64_t hidden, int64_t depth, bool bfloat16);
 int64_t generation_head_size(int64_t classes, int64_t hidden, bool bfloat16);
 int64_t generation_packed_size(const DecoderShape& shape, bool bfloat16);
-int64_t generation_workspace(const DecoderShape& shape, int64_t batch, int threads);
+int64_t generation_workspace(const DecoderShape& shape, int64_t batch, int threads, bool penalties);
+// floats of the draw and of a row with penalties, for one thread
+int64_t generation_draw_scratch(const DecoderShape& shape, bool penalties);
 // floats of one panel of each matrix of a layer, for one thread
 int64_t generation_panel_scratch(const DecoderShape& shape);
 // rows whose logits are held at once

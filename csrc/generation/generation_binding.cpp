@@ -33,12 +33,15 @@ int64_t generation_group(const DecoderShape& s, int64_t batch) {
   int64_t rows = std::max(kLeastRows, kLogitsFloats / s.classes / kLeastRows * kLeastRows);
   return std::min(rows, batch);
 }
-int64_t generation_workspace(const DecoderShape& s, int64_t batch, int threads) {
+int64_t generation_draw_scratch(const DecoderShape& s, bool penalties) {
+  return padded(sample_scratch(s.classes), kMaxLanes) + penalties * padded(s.classes, kMaxLanes);
+}
+int64_t generation_workspace(const DecoderShape& s, int64_t batch, int threads, bool penalties) {
   constexpr int64_t kSkew = 16;
   int64_t state = padded(s.hidden, kMaxLanes) + kSkew;
   int64_t logits = padded(s.classes, 3 * kMaxLanes) + kSkew;
   int64_t input = padded(s.embedding_dim, kMaxLanes) + kSkew;
-  int64_t scratch = padded(sample_scratch(s.classes), kMaxLanes);
+  int64_t scratch = generation_draw_scratch(s, penalties);
   // slots: int64 in the array of floats
   return batch * (2 * s.layers * state + input) + generation_group(s, batch) * logits +
          threads * (scratch + generation_panel_scratch(s)) + 2 * (kMaxLanes + 3 * batch);
@@ -105,7 +108,7 @@ void step(const std::optional<Tensor>& packed, const Tensor& addresses, const Te
   args.logits = floats_out(logits);
   args.threads = threads_for(args.weights, args.batch);
   Workspace workspace =
-      allocate(generation_workspace(args.weights.shape, args.batch, args.threads));
+      allocate(generation_workspace(args.weights.shape, args.batch, args.threads, false));
   args.workspace = workspace.get();
   auto kernel = FASTLM_PICK(generation_step);
   parallel_team(args.threads, [&](Team& team, int rank) { kernel(args, team, rank); });
@@ -121,7 +124,8 @@ void generate(const std::optional<Tensor>& packed, const Tensor& addresses, cons
               const Tensor& logprobs, const Tensor& lengths, const Tensor& h_n,
               const std::optional<Tensor>& row_max, const std::optional<Tensor>& log_sum,
               const std::optional<Tensor>& output, const std::optional<Tensor>& gates,
-              bool bfloat16) {
+              bool bfloat16, const std::optional<Tensor>& seen, double repetition, double presence,
+              double frequency) {
   Generation args{};
   args.weights = weights_of(packed, addresses, embedding, table, h_n, classes, bfloat16);
   args.batch = h_n.size(1);
@@ -147,9 +151,11 @@ void generate(const std::optional<Tensor>& packed, const Tensor& addresses, cons
   args.output = floats_out(output);
   args.gates = floats_out(gates);
   args.steps = output ? output->size(2) : 0;
+  args.penalties = {repetition, presence, frequency};
+  args.seen = static_cast<int32_t*>(out(seen));
   args.threads = threads_for(args.weights, args.batch);
   Workspace workspace =
-      allocate(generation_workspace(args.weights.shape, args.batch, args.threads));
+      allocate(generation_workspace(args.weights.shape, args.batch, args.threads, args.seen));
   args.workspace = workspace.get();
   auto kernel = FASTLM_PICK(generation);
   parallel_team(args.threads, [&](Team& team, int rank) { kernel(args, team, rank); });
@@ -176,7 +182,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlm_C, m) {
       "Tensor? stops, Tensor rows, int seed, int step, float temperature, int top_k, float top_p, "
       "float min_p, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) lengths, Tensor(d!) h_n, "
       "Tensor(e!)? row_max, Tensor(f!)? log_sum, Tensor(g!)? output, Tensor(h!)? gates, "
-      "bool bfloat16=False) -> ()");
+      "bool bfloat16=False, Tensor(i!)? seen=None, float repetition=1.0, float presence=0.0, "
+      "float frequency=0.0) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastlm_C, CPU, m) {
   m.impl("generation_pack", TORCH_BOX(&fastlm::pack));

@@ -43,6 +43,30 @@ void end_state(const DecoderWeights& w, const Buffers& b, int64_t batch, int par
   }
 }
 
+void penalise(const Penalties& penalties, const int32_t* seen, const float* logits, int64_t classes,
+              float* result) {
+  const float repetition = float(penalties.repetition), presence = float(penalties.presence),
+              frequency = float(penalties.frequency);
+  for (int64_t i = 0; i < classes; ++i) {
+    const float x = logits[i], made = float(seen[i] >> 1);
+    const float y = x < 0 ? x * repetition : x / repetition;
+    const float off = (made > 0 ? presence : 0.f) + made * frequency;
+    result[i] = (seen[i] != 0 ? y : x) - off;
+  }
+}
+
+// the token is drawn with penalties; its log-prob is the model's own
+Drawn draw_penalised(const Generation& a, const Buffers& b, int64_t row, const float* logits,
+                     Philox draw) {
+  const int64_t classes = a.weights.shape.classes;
+  int32_t* seen = a.seen + row * classes;
+  penalise(a.penalties, seen, logits, classes, b.penalised);
+  Drawn drawn = draw_token(b.penalised, classes, a.sampling, draw, -1, b.scratch);
+  if (drawn.token < 0) return drawn;
+  seen[drawn.token] += 2;
+  return draw_token(logits, classes, a.sampling, draw, drawn.token, b.scratch);
+}
+
 // Draws or scores token `position` of a slot; true when it was the last one.
 bool finish_token(const Generation& a, const Buffers& b, int64_t slot, const float* logits,
                   int64_t position) {
@@ -50,8 +74,9 @@ bool finish_token(const Generation& a, const Buffers& b, int64_t slot, const flo
   Philox draw{};
   if (!a.given)
     draw = philox(uint64_t(a.seed), uint64_t(a.row_ids[row]), uint64_t(a.first_step + position));
-  Drawn drawn = draw_token(logits, a.weights.shape.classes, a.sampling, draw,
-                           a.given ? a.given[at] : -1, b.scratch);
+  Drawn drawn = a.seen ? draw_penalised(a, b, row, logits, draw)
+                       : draw_token(logits, a.weights.shape.classes, a.sampling, draw,
+                                    a.given ? a.given[at] : -1, b.scratch);
   a.logprobs[at] = drawn.softmax.logprob;
   a.lengths[row] = position + 1;
   if (a.row_max) {
@@ -140,7 +165,7 @@ void generation_pack(const void* w, bool bfloat16, const float* bias, int64_t ro
 
 void generation(const Generation& a, Team& team, int rank) {
   const DecoderWeights& w = a.weights;
-  Buffers b = make_buffers(w.shape, a.batch, a.workspace, a.threads, rank);
+  Buffers b = make_buffers(w.shape, a.batch, a.workspace, a.threads, rank, a.seen);
   const int members = team.size();
   int round = 0;
   if (rank == 0) {
@@ -189,7 +214,7 @@ void generation(const Generation& a, Team& team, int rank) {
 
 void generation_step(const GenerationStep& a, Team& team, int rank) {
   const DecoderWeights& w = a.weights;
-  Buffers b = make_buffers(w.shape, a.batch, a.workspace, a.threads, rank);
+  Buffers b = make_buffers(w.shape, a.batch, a.workspace, a.threads, rank, false);
   const int members = team.size();
   const int64_t batch = a.batch, classes = w.shape.classes;
   int round = 0;

@@ -141,10 +141,11 @@ FASTLM_INLINE Matrix head_matrix(const DecoderWeights& w) {
 }
 
 struct Buffers {
-  float* x;         // [slots][input_stride] embeddings of the tokens read next
-  float* state[2];  // [L][slots][state_stride], zero past H
-  float* logits;    // [group][logits_stride]
-  float* scratch;   // [scratch_size] of this thread, for the draw
+  float* x;          // [slots][input_stride] embeddings of the tokens read next
+  float* state[2];   // [L][slots][state_stride], zero past H
+  float* logits;     // [group][logits_stride]
+  float* scratch;    // [scratch_size] of this thread, for the draw
+  float* penalised;  // [classes] of this thread, where there are penalties
   int64_t input_stride, state_stride, logits_stride, scratch_size, group;
   PanelCache cache[2];  // of this thread
   Shared* shared;
@@ -155,12 +156,12 @@ struct Buffers {
 
 // carves the workspace for one member; must agree with generation_workspace
 FASTLM_INLINE Buffers make_buffers(const DecoderShape& s, int64_t batch, float* workspace,
-                                   int threads, int rank) {
+                                   int threads, int rank, bool penalties) {
   Buffers b;
   b.input_stride = round_up_to(s.embedding_dim, kMaxLanes) + kSkew;
   b.state_stride = round_up_to(s.hidden, kMaxLanes) + kSkew;
   b.logits_stride = round_up_to(s.classes, 3 * kMaxLanes) + kSkew;
-  b.scratch_size = round_up_to(sample_scratch(s.classes), kMaxLanes);
+  b.scratch_size = generation_draw_scratch(s, penalties);
   b.group = generation_group(s, batch);
   b.state[0] = workspace;
   b.state[1] = b.state[0] + s.layers * batch * b.state_stride;
@@ -168,6 +169,7 @@ FASTLM_INLINE Buffers make_buffers(const DecoderShape& s, int64_t batch, float* 
   b.logits = b.x + batch * b.input_stride;
   float* own = b.logits + b.group * b.logits_stride;
   b.scratch = own + rank * b.scratch_size;
+  b.penalised = b.scratch + generation_draw_scratch(s, false);
   own += threads * b.scratch_size;
   const int64_t panel = generation_panel_scratch(s);
   for (int i = 0; i < 2; ++i) b.cache[i] = {nullptr, -1, own + rank * panel + i * panel / 2};

@@ -142,35 +142,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import checkpoint, generation
+    from . import generatecommand
 
-    saved = checkpoint.find(args.model)
-    for reason in saved.skipped:
-        print(f"fastlm generate: skipped a damaged folder: {reason}", file=sys.stderr)
-    model, tokenizer = generation.load_checkpoint(saved)
-    try:
-        pieces = generation.generate(
-            model,
-            tokenizer,
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop=args.stop,
-        )
-        if args.json:
-            text = "".join(pieces)
-            _print_json({"prompt": args.prompt, "text": text, "seed": args.seed})
-            return errors.OK
-        print(args.prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-    except ValueError as error:  # an option that the sampler refuses, in its own words
-        raise errors.UsageError(str(error)) from None
-    return errors.OK
+    return generatecommand.run(args, _print_json)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ memory stays constant, and for the n-th token of a document the first of its tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,6 +36,22 @@ class Cache:
     values: Tensor  # [L, B, context, Hk, D]
     tokens: Tensor  # [B, context]
     lengths: Tensor  # [B] int32: how many of them each row holds
+
+    def rows(self, chosen: Tensor) -> Cache:
+        """A copy of rows, in that order; a row may be asked for more than once."""
+        return Cache(
+            self.keys[:, chosen], self.values[:, chosen], self.tokens[chosen], self.lengths[chosen]
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Cache]) -> Cache:
+        """The rows of all parts, one part after the other."""
+        return Cache(
+            torch.cat([part.keys for part in parts], 1),
+            torch.cat([part.values for part in parts], 1),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+        )
 
 
 class Decoder:

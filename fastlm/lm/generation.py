@@ -1,22 +1,24 @@
-"""Text out of a model, piece by piece, with a state of constant size."""
+"""Text out of a model, piece by piece, with a state of constant size.
+
+A GRU reads and writes any number of tokens. A Transformer sees at most its context: when that is
+full, the older half of it is forgotten (`decoding`), so memory stays constant here too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import fastlm
-
-from . import checkpoint, tokenizer
+from . import checkpoint, tokenizer, writing
+from .decoding import window_start
 from .errors import CheckpointError, UsageError
 from .kinds import CLASSES, LanguageModel
 from .tokenizer import Tokenizer
-
-# text appears after this many tokens: far less than a second of work, and few calls from Python
-PIECE = 16
 
 
 def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
@@ -46,30 +48,53 @@ def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokeni
     return model.eval(), found
 
 
-class _StopText:
-    """Passes text on, except what may be the beginning of a stop string."""
+@dataclass(frozen=True)
+class Continuation:
+    """`stopped`: "end" of the document, "stop" string, or "length"."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
+    prompt: str
+    sample: int
+    text: str
+    tokens: int
+    stopped: str
 
-    def put(self, text: str) -> tuple[str, bool]:
-        """(text that is certain, whether a stop string was completed)."""
-        self._held += text
-        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if hits:
-            return self._held[: min(hits)], True
-        keep = 0
-        for stop in self._stops:
-            for size in range(1, min(len(stop), len(self._held) + 1)):
-                if self._held.endswith(stop[:size]):
-                    keep = max(keep, size)
-        cut = len(self._held) - keep
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready, False
 
-    def finish(self) -> str:
-        return self._held
+def _ids(model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """An empty prompt starts a document."""
+    device = next(model.parameters()).device
+    ids = tokenizer.encode(prompt) if prompt else torch.tensor([tokenizer.end]).numpy()
+    return torch.from_numpy(ids).to(device)
+
+
+def forgotten(model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> tuple[int, int]:
+    """(tokens of a prompt, how many of them, the first ones, do not fit into the context)."""
+    count = len(tokenizer.encode(prompt))
+    context = getattr(model.config, "context", None)
+    return count, 0 if context is None else window_start(count, context)
+
+
+def pieces(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 200,
+    stop: Sequence[str] = (),
+    **sampling: Any,
+) -> Iterator[writing.Piece]:
+    """Text as it becomes certain, of `samples` continuations of each prompt.
+
+    Options as in `generate`. The texts do not depend on which prompts stand beside them, and
+    sample 0 is what `generate` gives: with a GRU to the bit, with a Transformer up to the rounding
+    of products whose bits depend on their number of rows.
+    """
+    if max_new_tokens < 0:
+        raise UsageError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, got {samples}")
+    ids = [_ids(model, tokenizer, prompt) for prompt in prompts]
+    return writing.write(model, tokenizer, ids, samples, max_new_tokens, stop, sampling)
 
 
 def generate(
@@ -81,64 +106,53 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """Continue `prompt`, yielding pieces of text as they are certain; joined they are the text.
 
-    Ends after `max_new_tokens`, at the end of a document, or before the first stop string. The
-    text depends on the arguments alone: token i is drawn with (seed, step i). An empty prompt
-    starts a document.
+    Ends after `max_new_tokens`, at the end of a document, or before the first stop string, of
+    which nothing is yielded however many tokens it spans. The text depends on the arguments alone:
+    token i is drawn with (seed, step i). An empty prompt starts a document. Penalties and filters
+    are those of `fastlm.generate`: over the tokens of the prompt and of the text.
     """
-    if max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    device = next(model.parameters()).device
-    ids = tokenizer.encode(prompt) if prompt else torch.tensor([tokenizer.end]).numpy()
-    return _generate(
+    made = pieces(
         model,
         tokenizer,
-        torch.from_numpy(ids).to(device),
-        max_new_tokens,
-        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
-        _StopText(stop),
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
     )
+    return (piece.text for piece in made if piece.text)
 
 
-def _generate(
+def generate_batch(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompt: torch.Tensor,
-    max_new_tokens: int,
-    sampling: dict[str, Any],
-    stop: _StopText,
-) -> Iterator[str]:
-    was_training = model.training
-    model.eval()
-    stream = tokenizer.stream()
-    try:
-        with torch.inference_mode():
-            state, last, decoder = model.read(prompt[None, :-1]), prompt[-1:], model.decoder()
-        for index in range(0, max_new_tokens, PIECE):
-            count = min(PIECE, max_new_tokens - index)
-            # not around the yield: the caller's code must not run in inference mode
-            with torch.inference_mode():
-                made = fastlm.generate(
-                    decoder, last, count, step=index, state=state, stop=tokenizer.end, **sampling
-                )
-            last, state = made.tokens[-1:], made.state
-            tokens = made.tokens[: int(made.lengths)].tolist()
-            ended = tokens[-1] == tokenizer.end
-            for token in tokens[:-1] if ended else tokens:
-                text, stopped = stop.put(stream.put(token))
-                if text:
-                    yield text
-                if stopped:
-                    return
-            if ended:
-                break
-        text, stopped = stop.put(stream.finish())
-        rest = text if stopped else text + stop.finish()
-        if rest:
-            yield rest
-    finally:
-        model.train(was_training)
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    **options: Any,
+) -> list[Continuation]:
+    """`samples` continuations of each prompt, in their order; options as in `generate`."""
+    texts = [""] * (len(prompts) * samples)
+    ends: list[Any] = [None] * len(texts)
+    for piece in pieces(model, tokenizer, prompts, samples=samples, **options):
+        texts[piece.row] += piece.text
+        ends[piece.row] = piece
+    return [
+        Continuation(prompts[row // samples], row % samples, text, end.tokens, end.stopped)
+        for row, (text, end) in enumerate(zip(texts, ends, strict=True))
+    ]

@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, errors, generation, labelling, policy, preferences, reward, rollouts
+from . import (
+    checkpoint,
+    errors,
+    generation,
+    judging,
+    labelling,
+    policy,
+    preferences,
+    reward,
+    rollouts,
+)
+from .judging import Reward
 from .kinds import LanguageModel
 from .preparation import DataConfig, Prepared, held_out_of, prepare
 from .progress import Reporter
@@ -125,21 +136,21 @@ def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
     return errors.OK
 
 
-def _reward_of(name: str) -> policy.Reward:
+def _reward_of(name: str) -> Reward:
     if Path(name).is_dir():
         return reward.load(Path(name))
-    return policy.reward_function(name)
+    return judging.reward_function(name)
 
 
 def compare(
-    model: LanguageModel, tokenizer: Tokenizer, prepared: Prepared, judges: dict[str, policy.Reward]
+    model: LanguageModel, tokenizer: Tokenizer, prepared: Prepared, judges: dict[str, Reward]
 ) -> dict[str, float]:
     """Mean reward of each judge for continuations of held-out contexts, always the same ones."""
     places = rollouts.contexts(prepared.tokens, "held", JUDGED, 24, 1, seed=11)
     prompts = torch.stack([place.prompt for place in places])
     made = rollouts.rollout(model, prompts, 40, end=tokenizer.end, seed=11)
     texts, before = made.texts(tokenizer), [tokenizer.decode(p.tolist()) for p in prompts]
-    return {name: float(policy.judged(j, before, texts).mean()) for name, j in judges.items()}
+    return {name: float(judging.judged(j, before, texts).mean()) for name, j in judges.items()}
 
 
 def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
@@ -149,7 +160,7 @@ def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
 
 def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
-    judges: dict[str, policy.Reward] = {"reward": _reward_of(args.reward)}
+    judges: dict[str, Reward] = {"reward": _reward_of(args.reward)}
     if args.judge is not None:
         judges["judge"] = reward.load(args.judge)
     names = policy.PolicyConfig.__dataclass_fields__

@@ -394,6 +394,57 @@ def _training_commands(commands: Any) -> None:
     _output_options(plan)
 
 
+def _generate_command(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        epilog="A GRU writes any length. A Transformer forgets the older half of its context "
+        "whenever that is full, in the prompt too.",
+    )
+    generate.add_argument("model", type=Path, help="run, checkpoint or model folder")
+    given = generate.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="text to continue (default: none, a document begins); - is standard input, without "
+        "its last line end",
+    )
+    given.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many: one a line, or of *.jsonl strings or objects with prompt; - is standard input",
+    )
+
+    def option(name: str, kind: Any, default: Any, help: str, metavar: str) -> None:
+        generate.add_argument(name, type=kind, default=default, help=help, metavar=metavar)
+
+    generate.add_argument(
+        "-n", "--samples", type=int, default=1, metavar="N", help="texts of each prompt (1)"
+    )
+    option("--max-new-tokens", int, 200, "at most (200)", "N")
+    option("--temperature", float, 0.8, "0 takes the likeliest token (0.8)", "T")
+    option("--top-k", int, None, "only the K likeliest tokens", "K")
+    option("--top-p", float, 0.95, "only the likeliest tokens with this mass (0.95)", "P")
+    option("--min-p", float, None, "only tokens this likely, beside the likeliest", "P")
+    option(
+        "--repetition-penalty", float, 1.0,
+        "divides logits above 0, multiplies those below, of tokens in prompt and text (1: none)",
+        "R",
+    )  # fmt: skip
+    option("--presence-penalty", float, 0.0, "taken from logits of tokens in the text (0)", "R")
+    option("--frequency-penalty", float, 0.0, "the same, times how often they are there (0)", "R")
+    option("--seed", int, 0, "sample j is drawn with (seed, j) (0)", "N")
+    generate.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    _output_options(generate)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm",
@@ -412,17 +463,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _training_commands(commands)
 
-    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
-    generate.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    generate.add_argument("--prompt", default="", help="text to continue (default: none)")
-    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
-    generate.add_argument("--top-k", type=int, metavar="K")
-    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    _output_options(generate)
-
+    _generate_command(commands)
     _data_commands(commands)
     _prefs_commands(commands)
     _learning_commands(commands)

@@ -5,17 +5,22 @@
 with a penalty on the divergence from the model that training started from. Baselines and losses are
 those of `fastlm.policy_loss`: REINFORCE (mean of the batch), RLOO, PPO and GRPO (of the group of
 texts from one prompt).
+
+Texts are drawn from the whole softmax at `temperature`, whose log-probs the losses use. Those of
+the texts come from the forward that the gradient goes through, so the ratio of the first update is
+exactly 1 and no pass asks for the old ones. A GRU keeps what the backward reads while it writes; a
+Transformer runs once more over what it wrote, and that run's log-probs, which differ from those of
+its decoder by rounding, are the old ones.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,8 +32,9 @@ import fastlm
 
 from . import checkpoint, files, metrics, rollouts
 from .budget import Budget
-from .errors import InputError, TrainingError, UsageError
+from .errors import TrainingError, UsageError
 from .interrupt import Interrupt
+from .judging import Reward, judged
 from .kinds import LanguageModel
 from .progress import Quiet, Reporter
 from .store import TokenStore
@@ -36,9 +42,6 @@ from .tokenizer import Tokenizer
 from .trainer import KEPT_CHECKPOINTS, make_optimizer
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo")
-# texts of the prompts and of the continuations -> one number each
-Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-SHOWN = 60  # characters of a text in a message
 
 
 @dataclass(frozen=True)
@@ -114,52 +117,6 @@ class PolicyResult:
     history: list[Iteration] = field(default_factory=list)
 
 
-def reward_function(name: str) -> Reward:
-    """MODULE:FUNCTION, a function of two lists of texts: prompts and continuations.
-
-    Raises:
-        UsageError: there is no such function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(
-            f"--reward must be MODULE:FUNCTION or a folder, {name!r}: {error}"
-        ) from None
-    if not callable(found):
-        raise UsageError(f"--reward {name!r} is no function")
-    return found
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")
-
-
-def judged(reward: Reward, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
-    """Rewards [B], checked.
-
-    Raises:
-        InputError: the function raised, gave another number of rewards, or one that is not finite;
-        the message shows the text.
-    """
-    try:
-        given = reward(prompts, texts)
-        values = torch.as_tensor(given, dtype=torch.float32).detach().reshape(-1).cpu()
-    except Exception as error:  # of somebody else's function
-        raise InputError(
-            f"the reward function raised {type(error).__name__}: {error}; "
-            f"the first text was {_short(texts[0])}"
-        ) from error
-    if len(values) != len(texts):
-        raise InputError(f"the reward function gave {len(values)} rewards for {len(texts)} texts")
-    bad = ~values.isfinite()
-    if bool(bad.any()):
-        at = int(bad.int().argmax())
-        raise InputError(f"the reward of text {at} is {float(values[at])}: {_short(texts[at])}")
-    return values
-
-
 def advantages_of(config: PolicyConfig, rewards: Tensor) -> Tensor:
     """[B]. Equal rewards give 0: there is nothing to prefer."""
     if config.algorithm == "rloo":
@@ -203,6 +160,13 @@ class PolicyGradient:
         self.budget = Budget.parse(self.config.budget)
         if self.budget.unit == "epochs":
             raise UsageError("a policy is trained for seconds or steps, not for epochs")
+        context = getattr(model.config, "context", None)
+        prompt, length = self.config.prompt, self.config.length
+        if context is not None and prompt + length > context:
+            raise UsageError(
+                f"prompt and length must fit into the model's context of {context} tokens, "
+                f"got {prompt} + {length}"
+            )
         self.iterations, self.seconds = 0, 0.0
         self.history: list[Iteration] = []
         self._warned = False
@@ -232,10 +196,10 @@ class PolicyGradient:
         advantages = advantages_of(config, rewards)
         if not bool(advantages.any()) and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"all {len(rewards)} rewards are {float(rewards[0]):g}: nothing to learn from them",
-                stacklevel=2,
-            )
+            equal = f"all {len(rewards)} rewards are {float(rewards[0]):g}"
+            if bool((rewards != rewards[0]).any()):
+                equal = "the texts of each prompt have equal rewards"
+            warnings.warn(f"{equal}: nothing to learn from them", stacklevel=2)
         then = made.logprobs.detach()
         with torch.no_grad():
             reference = rollouts.logprobs_of(

@@ -25,19 +25,17 @@ Source: whole-loop decoding as in the persistent RNNs of Diamos et al. 2016.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import checks, extension
 from ...dispatch import register
-from ...library import define, once_differentiable
-from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Compared, Layer, Needs
-from ..row_statistics.op import Upstream
+from ...library import define
 from ..sampling import reference as sampling_reference
-from . import reference
+from . import penalties, reference
+from .penalties import Penalties
 from .reference import PAD, Prompts, Weights
 
 _WEIGHTS = (
@@ -76,13 +74,19 @@ def _made(prompts: Tensor, max_new: int, embedding: Tensor, cells: Any) -> tuple
     )
 
 
+def _counts(prompts: Tensor, seen: Tensor | None) -> Tensor:
+    """A copy to count in; without elements when nothing is counted."""
+    return prompts.new_empty(0, dtype=torch.int32) if seen is None else seen.clone()
+
+
 def _fake_generation(
     prompts: Tensor, prompt_lengths: Tensor, rows: Tensor, h0: Tensor | None, embedding: Tensor,
     cells: Any, head_weight: Any, head_bias: Any, packed: Any, table: Any, stops: Any, max_new: int,
     seed: int, step: int, temperature: float, top_k: int, top_p: float, min_p: float, save: bool,
+    seen: Tensor | None = None, *penalties: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     made = _made(prompts, max_new, embedding, cells)
-    return *made, *_saved(prompts, max_new, embedding, cells, save)
+    return *made, *_saved(prompts, max_new, embedding, cells, save), _counts(prompts, seen)
 
 
 def _fake_logprobs(
@@ -106,8 +110,9 @@ generation = define(
     "generation",
     "forward",
     f"({_PROMPTS}, Tensor rows, Tensor? h0, {_WEIGHTS}, Tensor? stops, SymInt max_new, "
-    "SymInt seed, SymInt step, float temperature, int top_k, float top_p, float min_p, bool save) "
-    f"-> (Tensor tokens, Tensor logprobs, Tensor lengths, Tensor h_n, {_SAVED})",
+    "SymInt seed, SymInt step, float temperature, int top_k, float top_p, float min_p, bool save, "
+    "Tensor? seen=None, float repetition=1.0, float presence=0.0, float frequency=0.0) "
+    f"-> (Tensor tokens, Tensor logprobs, Tensor lengths, Tensor h_n, {_SAVED}, Tensor counts)",
     _fake_generation,
 )
 generation_logprobs = define(
@@ -155,7 +160,8 @@ def _cpu(
     cells: Any, head_weight: Tensor | None, head_bias: Any, packed: Tensor | None,
     table: Tensor | None, stops: Tensor | None, max_new: int, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *how, save = options
+    *how, save, seen, repetition, presence, frequency = options
+    counts = _counts(prompts, seen)
     made = _made(prompts, max_new, embedding, cells)
     saved = _saved(prompts, max_new, embedding, cells, save)
     classes = 0 if head_weight is None else head_weight.shape[0]
@@ -164,9 +170,10 @@ def _cpu(
         extension.raw("generation")(
             packed, _addresses(cells, head_weight, head_bias), embedding, table, classes, prompts,
             prompt_lengths, _order(prompt_lengths), h0, None, None, stops, rows, *how, *made,
-            *_or_none(saved, save), _narrow(cells),
+            *_or_none(saved, save), _narrow(cells), None if seen is None else counts, repetition,
+            presence, frequency,
         )  # fmt: skip
-    return *made, *saved
+    return *made, *saved, counts
 
 
 def _cpu_logprobs(
@@ -220,8 +227,9 @@ def _reference(
     prompts: Tensor, prompt_lengths: Tensor, rows: Tensor, h0: Tensor | None, embedding: Tensor,
     cells: Any, head_weight: Any, head_bias: Any, packed: Any, table: Any, stops: Tensor | None,
     max_new: int, seed: int, first: int, temperature: float, top_k: int, top_p: float,
-    min_p: float, save: bool,
+    min_p: float, save: bool, seen: Tensor | None, *strength: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    counts = _counts(prompts, seen)
     weights = _weights(embedding, cells, head_weight, head_bias)
     given = Prompts(prompts, prompt_lengths)
 
@@ -230,25 +238,30 @@ def _reference(
         return logits, torch.where(done[None, :, None], h, following)
 
     def sample(logits: Tensor, chosen: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        moved = logits
+        if seen is not None:
+            moved = penalties.apply(logits, counts[chosen], Penalties(*strength))
         drawn, _ = sampling_reference.forward(
-            logits, rows[chosen], None, first + at, seed, 0, temperature, top_k, top_p, min_p
+            moved, rows[chosen], None, first + at, seed, 0, temperature, top_k, top_p, min_p
         )
+        if seen is not None:
+            counts[chosen, drawn.clamp(min=0)] += 2
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
         return drawn, logprobs.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
 
     if prompts.shape[0] == 0:
         return _fake_generation(
             prompts, prompt_lengths, rows, h0, embedding, cells, None, None, None, None, None,
-            max_new, seed, first, temperature, top_k, top_p, min_p, save,
+            max_new, seed, first, temperature, top_k, top_p, min_p, save, seen,
         )  # fmt: skip
     ends = None if stops is None else stops.nonzero()[:, 0]
     state = _made(prompts, max_new, embedding, cells)[3] if h0 is None else h0.clone()
     made = reference.loop(step, sample, given, ends, max_new, state)
     made = made._replace(logprobs=made.logprobs.to(embedding.dtype))
     if not save:
-        return *made, *_saved(prompts, max_new, embedding, cells, save)
+        return *made, *_saved(prompts, max_new, embedding, cells, save), counts
     logprobs, *saved = reference.score(weights, given, made.tokens, made.lengths, temperature)
-    return *made._replace(logprobs=logprobs), *saved
+    return *made._replace(logprobs=logprobs), *saved, counts
 
 
 def _reference_logprobs(
@@ -292,99 +305,3 @@ for _name, _kernel, _plain in (
         refuses=_cpu_refuses,
     )
     register(_name, "reference", _plain)
-
-
-class Kept(NamedTuple):
-    """What `MadeLogprobs` needs: `made` of [B, max_new], the rest as the ops return it."""
-
-    logprobs: Tensor
-    prompts: Tensor
-    prompt_lengths: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    row_max: Tensor
-    log_sum: Tensor
-    output: Tensor
-    gates: Tensor
-
-
-class MadeLogprobs(torch.autograd.Function):
-    """The log-probs of a decoding, with the gradient that its stored gates and states give."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, kept: Kept, temperature: float, padding_idx: int | None, rows: Tensor | None,
-        *parameters: Any,
-    ) -> Tensor:  # fmt: skip
-        embedding = parameters[0] if rows is None else rows
-        ctx.save_for_backward(*kept[1:], embedding, *parameters[1:])
-        ctx.scale = 1.0 / temperature if temperature > 0 else 1.0
-        ctx.padding_idx = padding_idx
-        return kept.logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dlogprobs: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        kept, parameters = Kept(dlogprobs, *saved[:8]), saved[8:]
-        embedding, *cells, head_weight, head_bias = parameters
-        needs = ctx.needs_input_grad[4:]
-        doutput, dhead, dbias = _head_backward(kept, ctx.scale, head_weight, head_bias, needs[-2:])
-        grads: list[Tensor | None] = []
-        batch, hidden = kept.prompts.shape[0], doutput.shape[-1]
-        for number in range(len(cells) // 4 - 1, -1, -1):
-            w_ih, w_hh, b_ih, b_hh = cells[4 * number : 4 * number + 4]
-            shared = (w_ih, w_hh, b_ih, b_hh, None, None)
-            ends = (doutput.to(w_hh.dtype), doutput.new_zeros(batch, hidden, dtype=w_hh.dtype))
-            state, gates = kept.output[number], kept.gates[number]
-            gates = gates.flatten(0, 1)
-            of_cell = needs[1 + 4 * number : 5 + 4 * number]
-            if number:
-                below = kept.output[number - 1].to(w_hh.dtype)
-                doutput, dw_ih, dw_hh, db, _ = torch.ops.fastlm.gru_backward(
-                    *ends, below, *shared, state, gates, True, False, True, *of_cell[:2]
-                )
-            else:
-                read = reference.sequence(Prompts(*kept[1:3]), kept.tokens, kept.lengths)
-                dweight, dw_ih, dw_hh, db, _ = torch.ops.fastlm.embedding_gru_backward(
-                    *ends, read, embedding, *shared, None, None, state, gates, "batch",
-                    ctx.padding_idx, True, False, needs[0], *of_cell[:2],
-                )  # fmt: skip
-            grads = [dw_ih, dw_hh, db[0], db[1], *grads]
-        every = (dweight, *grads, dhead, dbias)
-        kept_grads = (g if need else None for g, need in zip(every, needs, strict=True))
-        return (None, None, None, None, *kept_grads)
-
-
-def _head_backward(
-    kept: Kept, scale: float, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the last layer's states [B, steps, H], of the head's weight and bias."""
-    place, source = reference.scored(Prompts(*kept[1:3]), kept.lengths, kept.tokens.shape[1])
-    last = kept.output[-1]
-    # in the dtype of the states: a bfloat16 head was widened to make the tokens
-    layer = Layer(
-        last.flatten(0, 1)[source],
-        weight.detach().to(last.dtype),
-        None if bias is None else bias.detach().to(last.dtype),
-    )
-    upstream = kept.logprobs.flatten()[place].to(last.dtype)
-    statistics = (x.flatten()[place] for x in (kept.row_max, kept.log_sum))
-    unused = last.new_empty(0)
-    compared = Compared(kept.tokens.flatten()[place], None, PAD, scale, 0.0)
-    dinput, dweight, dbias = linear.gradients(
-        layer,
-        compared,
-        (*statistics, unused, unused, unused),
-        Upstream(logprob=upstream),
-        Needs(True, *needs),
-        0,
-    )
-    assert dinput is not None
-    doutput = torch.zeros_like(last).flatten(0, 1).index_copy(0, source, dinput).view(last.shape)
-    dtype = weight.dtype
-    return (
-        doutput,
-        None if dweight is None else dweight.to(dtype),
-        None if dbias is None else dbias.to(dtype),
-    )

@@ -12,7 +12,18 @@ from ... import checks
 from ..sampling.op import checked_options, checked_seed, sample
 from ..token_logprobs.op import token_logprobs
 from . import op as ops
-from . import reference
+from . import penalties, reference
+from .arguments import (
+    Request,
+    check_distributions,
+    check_vocabulary,
+    read_prompts,
+    read_rows,
+    read_state,
+    read_stops,
+)
+from .autograd import Kept
+from .penalties import Counted
 from .reference import PAD, Prompts
 from .weights import DecoderWeights
 
@@ -52,115 +63,9 @@ def _decoder_of(op: str, model: Any) -> tuple[DecoderWeights | None, Step]:
     return None, step
 
 
-def _one_prompt(op: str, name: str, prompt: Any) -> Tensor:
-    if not isinstance(prompt, Tensor):
-        prompt = torch.tensor(prompt, dtype=torch.int64) if len(prompt) else torch.empty(0).long()
-    checks.integer(op, name, prompt)
-    checks.shape(op, name, prompt, (None,), "one prompt")
-    return prompt.long()
-
-
-def _prompts(op: str, prompts: Any, prompt_lengths: Tensor | None) -> tuple[Prompts, bool]:
-    """Right-padded with 0, and whether it is a single prompt."""
-    if not isinstance(prompts, Tensor) and all(isinstance(p, int) for p in prompts):
-        prompts = _one_prompt(op, "prompts", prompts)
-    single = isinstance(prompts, Tensor) and prompts.dim() == 1
-    if isinstance(prompts, Tensor) and not single:
-        checks.integer(op, "prompts", prompts)
-        checks.shape(op, "prompts", prompts, (None, None), "[B, P], right-padded")
-        batch, width = prompts.shape
-        lengths = prompt_lengths
-        if lengths is None:
-            lengths = prompts.new_full((batch,), width, dtype=torch.int64)
-        checks.integer(op, "prompt_lengths", lengths)
-        checks.shape(op, "prompt_lengths", lengths, (batch,), "one per prompt")
-        checks.same_device(op, "prompt_lengths", lengths, "prompts", prompts)
-        tokens, lengths = prompts.long(), lengths.long()
-    else:
-        if prompt_lengths is not None:
-            got = "a list or a single prompt"
-            checks.bad_value(op, "prompts with prompt_lengths", "[B, P]", got)
-        rows = [prompts] if single else prompts
-        rows = [_one_prompt(op, f"prompts[{i}]", row) for i, row in enumerate(rows)]
-        lengths = torch.tensor([row.shape[0] for row in rows], dtype=torch.int64)
-        width = max((row.shape[0] for row in rows), default=1)
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = lengths.to(tokens.device)
-    if lengths.device.type == "cpu" and lengths.numel():
-        low, high = (int(x) for x in lengths.aminmax())
-        if low < 1 or high > width:
-            bad = int(((lengths < 1) | (lengths > width)).int().argmax())
-            remedy = "begin with a token of your own, as that which ends documents" * (low < 1)
-            wanted = f"in [1, {max(1, width)}]"
-            checks.bad_value(op, f"length of prompt {bad}", wanted, int(lengths[bad]), remedy)
-        tokens = tokens[:, :high]
-    at = torch.arange(tokens.shape[1], device=tokens.device)
-    return Prompts(torch.where(at < lengths[:, None], tokens, 0), lengths.contiguous()), single
-
-
-def _stops(op: str, stop: int | Sequence[int] | Tensor | None, like: Tensor) -> Tensor | None:
-    """Distinct tokens [n]."""
-    if stop is None:
-        return None
-    if isinstance(stop, int):
-        stop = [stop]
-    if not isinstance(stop, Tensor):
-        stop = torch.tensor(stop, dtype=torch.int64) if len(stop) else torch.empty(0).long()
-    checks.integer(op, "stop", stop)
-    return stop.reshape(-1).long().to(like.device)
-
-
-def _rows(op: str, rows: Tensor | None, prompts: Prompts) -> Tensor:
-    batch = prompts.tokens.shape[0]
-    if rows is None:
-        return torch.arange(batch, device=prompts.tokens.device)
-    checks.integer(op, "rows", rows)
-    checks.shape(op, "rows", rows.reshape(-1), (batch,), "one per prompt")
-    checks.same_device(op, "rows", rows, "prompts", prompts.tokens)
-    return rows.reshape(-1).long().contiguous()
-
-
-def _check_vocabulary(op: str, weights: DecoderWeights, prompts: Prompts) -> None:
-    checks.same_device(op, "prompts", prompts.tokens, "the weights", weights.wide.embedding)
-    checks.index_range(op, "prompts", prompts.tokens, weights.vocabulary, None)
-
-
-def _state(op: str, weights: DecoderWeights, state: Any, batch: int) -> Tensor | None:
-    if state is None:
-        return None
-    checks.floating(op, "state", state)
-    checks.shape(op, "state", state, (weights.layers, batch, weights.hidden), "layers, B, H")
-    return state.to(weights.wide.embedding.dtype)
-
-
-def _check_distributions(op: str, tokens: Tensor) -> None:
-    """A GPU is not waited for: there the token is -1 and the log-prob NaN."""
-    if tokens.device.type != "cpu" or tokens.numel() == 0 or not bool((tokens == -1).any()):
-        return
-    row, position = (tokens == -1).nonzero()[0].tolist()
-    checks.bad_value(
-        op, f"the logits of row {row} at token {position}",
-        "finite or -inf, with one finite value", "NaN, +inf or only -inf",
-    )  # fmt: skip
-
-
-class _Request(NamedTuple):
-    """The checked arguments of one call."""
-
-    op: str
-    prompts: Prompts
-    rows: Tensor
-    stops: Tensor | None
-    max_new: int
-    seed: int
-    step: int
-    options: tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
-    state: Any
-
-
-def _with_kernel(request: _Request, weights: DecoderWeights, save: bool) -> Generated:
-    op, (tokens, lengths), rows, stops, max_new, seed, step, options, state = request
-    _check_vocabulary(op, weights, request.prompts)
+def _with_kernel(request: Request, weights: DecoderWeights, save: bool) -> Generated:
+    op, (tokens, lengths), rows, stops, max_new, seed, step, options, state, *_ = request
+    check_vocabulary(op, weights, request.prompts)
     if weights.classes > weights.vocabulary:
         checks.bad_value(op, "the head's classes", f"<= {weights.vocabulary}", weights.classes)
     mask = None
@@ -168,33 +73,49 @@ def _with_kernel(request: _Request, weights: DecoderWeights, save: bool) -> Gene
         checks.index_range(op, "stop", stops, weights.classes, None)
         mask = torch.zeros(weights.classes, dtype=torch.uint8, device=tokens.device)
         mask[stops] = 1
-    h0 = _state(op, weights, state, tokens.shape[0])
+    h0 = read_state(op, weights, state, tokens.shape[0])
     arguments = weights.arguments(tokens.shape[0], tokens.shape[1] + max_new - 1)
     with torch.no_grad():
-        made, logprobs, counts, h_n, *kept = ops.generation(
-            tokens, lengths, rows, h0, *arguments, mask, max_new, seed, step, *options, save
-        )
-    _check_distributions(op, made)
+        seen = request.counts(weights.classes)
+        made, logprobs, counts, h_n, *kept, counted = ops.generation(
+            tokens, lengths, rows, h0, *arguments, mask, max_new, seed, step, *options, save, seen,
+            *request.penalties,
+        )  # fmt: skip
+    check_distributions(op, made)
     if save:
-        stored = ops.Kept(logprobs, tokens, lengths, made, counts, *kept)
+        stored = Kept(logprobs, tokens, lengths, made, counts, *kept)
         logprobs = weights.with_gradient(stored, options[0])
-    return Generated(made, counts, logprobs, h_n)
+    return Generated(made, counts, logprobs, h_n if seen is None else Counted(h_n, counted))
 
 
-def _with_loop(request: _Request, step: Step) -> Generated:
+def _with_loop(request: Request, step: Step) -> Generated:
     temperature, top_k, top_p, min_p = request.options
+    seen: Tensor | None = None
 
     def draw(logits: Tensor, chosen: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        return sample(
-            logits, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p,
+        nonlocal seen
+        if request.penalties.any and seen is None:
+            seen = request.counts(logits.shape[-1])
+        moved = logits
+        if seen is not None:
+            moved = penalties.apply(logits, seen[chosen], request.penalties)
+        tokens, logprobs = sample(
+            moved, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p,
             seed=request.seed, step=request.step + at, rows=request.rows[chosen],
         )  # fmt: skip
+        if seen is not None:
+            seen[chosen, tokens.clamp(min=0)] += 2
+            found = token_logprobs(logits, tokens, temperature=temperature or 1.0, ignore_index=-1)
+            assert isinstance(found, Tensor)
+            logprobs = torch.where(tokens < 0, logprobs, found)
+        return tokens, logprobs
 
     made = reference.loop(
         lambda tokens, state, done: step(tokens, state), draw, request.prompts, request.stops,
         request.max_new, request.state,
     )  # fmt: skip
-    return Generated(made.tokens, made.lengths, made.logprobs.float(), made.state)
+    state = made.state if seen is None else Counted(made.state, seen)
+    return Generated(made.tokens, made.lengths, made.logprobs.float(), state)
 
 
 def _loop_logprobs(
@@ -231,6 +152,10 @@ def generate(
     stop: int | Sequence[int] | Tensor | None = None,
     prompt_lengths: Tensor | None = None,
     state: Any = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    history: Tensor | None = None,
 ) -> Generated:
     """Continue prompts, token by token, in one call: sampling, log-probs, early ends.
 
@@ -261,7 +186,14 @@ def generate(
         save_for_backward: give `logprobs` with a gradient. A GRUDecoder stores gates and states of
             every step, so that the backward needs no second forward; other steps are called again.
         stop: tokens that end a row. The row does no more work; the token is its last.
-        state: what an earlier call returned. Prompts then begin with the last token it made.
+        state: what an earlier call returned. Prompts then begin with the last token it made. That
+            of a step function goes on in rows that have ended before others.
+        repetition_penalty: the logits of tokens that the row has read or made are divided by it
+            where above 0 and multiplied where below, before temperature and filters; 1 is none.
+        presence_penalty, frequency_penalty: taken from the logit of a token that the row has made;
+            the second as often as it was made. After the repetition penalty; 0 is none.
+        history: [B, n] tokens that were read before these prompts, -100 where there is none: for
+            penalties with a `state` that did not come from here. Log-probs are without penalties.
 
     Returns:
         `Generated`; log-probs in float32, of a GRUDecoder with float64 weights in float64.
@@ -278,11 +210,19 @@ def generate(
     options = checked_options(op, temperature, top_k, top_p, min_p)
     if save_for_backward and state is not None:
         checks.bad_value(op, "state with save_for_backward", "None", "a state")
-    given, single = _prompts(op, prompts, prompt_lengths)
+    strength = penalties.checked(op, repetition_penalty, presence_penalty, frequency_penalty)
+    given, single = read_prompts(op, prompts, prompt_lengths)
+    if history is not None:
+        checks.integer(op, "history", history)
+        checks.shape(op, "history", history, (given.tokens.shape[0], None), "[B, n]")
+        checks.same_device(op, "history", history, "prompts", given.tokens)
+        history = history.long()
+    counted = isinstance(state, Counted)
     weights, decode = _decoder_of(op, model)
-    request = _Request(
-        op, given, _rows(op, rows, given), _stops(op, stop, given.tokens), max_new_tokens,
-        checked_seed(op, "seed", seed), checked_seed(op, "step", step), options, state,
+    request = Request(
+        op, given, read_rows(op, rows, given), read_stops(op, stop, given.tokens), max_new_tokens,
+        checked_seed(op, "seed", seed), checked_seed(op, "step", step), options,
+        state.state if counted else state, strength, state.seen if counted else None, history,
     )  # fmt: skip
     if weights is not None:
         made = _with_kernel(request, weights, save_for_backward)
@@ -334,7 +274,7 @@ def generation_logprobs(
     """
     op = "generation_logprobs"
     temperature = checked_options(op, temperature, None, None, None)[0]
-    given, single = _prompts(op, prompts, prompt_lengths)
+    given, single = read_prompts(op, prompts, prompt_lengths)
     checks.integer(op, "tokens", tokens)
     if single:
         checks.shape(op, "tokens", tokens, (None,), "one sequence")
@@ -351,7 +291,7 @@ def generation_logprobs(
     if weights is None:
         found = _loop_logprobs(decode, given, tokens, lengths, temperature)
         return found[0] if single else found
-    _check_vocabulary(op, weights, given)
+    check_vocabulary(op, weights, given)
     checks.index_range(op, "tokens", tokens, weights.classes, PAD)
     save = torch.is_grad_enabled() and any(
         p is not None and p.requires_grad for p in weights.parameters
@@ -362,6 +302,6 @@ def generation_logprobs(
             *given, tokens, lengths, *arguments, temperature, save
         )
     if save:
-        stored = ops.Kept(logprobs, *given, tokens, lengths, *kept)
+        stored = Kept(logprobs, *given, tokens, lengths, *kept)
         logprobs = weights.with_gradient(stored, temperature)
     return logprobs[0] if single else logprobs

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import extension, matmul
 from ...extension import raw
-from .op import Kept, MadeLogprobs
+from .autograd import Kept, MadeLogprobs
 from .reference import Cell, Weights
 
 # packing pays after so many steps that pack panel by panel and keep nothing: between 4 (V=10000
