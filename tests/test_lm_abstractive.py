@@ -124,3 +124,4 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     for wrong in ([], [str(text), "--pairs", str(path)]):
         assert cli.main(["summarize", str(run), *wrong]) == errors.USAGE
     assert cli.main(["summarize", str(run), "--pairs", str(text)]) == errors.BAD_INPUT
+    assert cli.main(["summarize", str(run), str(text), "--sentences", "0"]) == errors.USAGE

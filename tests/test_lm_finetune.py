@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastlm import lm
 from fastlm.lm import checkpoint, cli, config, data, errors, pairdata, pairs, starting, trainer
 from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM, PlainGRULM
@@ -255,6 +256,12 @@ def pairs_like() -> Any:
             return torch.ones(257)
 
     return Store()
+
+
+def test_public_names_are_there() -> None:
+    for name in lm.__all__:
+        assert getattr(lm, name).__module__.startswith("fastlm.lm."), name
+    assert {"DPO", "DPOConfig", "PairConfig", "prepare_pairs", "summaries"} <= set(lm.__all__)
 
 
 def test_flops_of_prompts_leave_out_the_head(prepared: pairdata.PreparedPairs) -> None:

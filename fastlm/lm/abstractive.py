@@ -18,7 +18,7 @@ from . import metrics
 from .errors import InputError, UsageError
 from .kinds import LanguageModel
 from .pairs import FORMATS, Pair, prompt_ids
-from .summarize import lead, summarize
+from .summarize import lead
 from .tokenizer import Tokenizer
 
 ROWS = 64  # written at once
@@ -120,13 +120,6 @@ def rouge_beside_lead(
         for name in ours
     }
     return Comparison(len(texts), metrics.means(ours), metrics.means(first), apart)
-
-
-def extracted(
-    model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], count: int
-) -> list[str]:
-    """The sentences that the model's log-probs choose, for the same comparison."""
-    return [summarize(model, tokenizer, text, count) for text in texts]
 
 
 def text_of(pair: Pair) -> str:

@@ -1,4 +1,4 @@
-"""`fastlm eval`, `fastlm cv`, `fastlm summarize`: how good a model is, and what it finds."""
+"""`fastlm eval`, `fastlm cv`: how good a model is."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ from typing import Any
 import torch
 
 from . import (
-    abstractive,
-    checkpoint,
     data,
     errors,
     files,
     generation,
     learning,
     metrics,
-    pairdata,
+    pairscommand,
     preparation,
     rollouts,
     sources,
     texts,
 )
 from . import store as stores
-from . import summarize as extracts
-from .evaluation import Score, by_document, evaluate
+from .evaluation import Score, by_document
 from .kinds import LanguageModel
 from .progress import Reporter
 from .recipe import DEFAULTS, Recipe
@@ -39,7 +36,6 @@ from .trainer import Trainer
 
 PrintJSON = Callable[[Any], None]
 TEXT = 40  # tokens of a sample
-SHOWN = 5  # summaries beside what a person wrote
 
 
 @contextmanager
@@ -121,27 +117,9 @@ def _report(
     return errors.OK
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """What the options of its training were."""
-    found: dict[str, Any] = checkpoint.find(path).state.get("settings", {})
-    return found
-
-
-def _eval_pairs(
-    args: argparse.Namespace, recipe: Recipe, reporter: Reporter, print_json: PrintJSON
-) -> int:
-    model, tokenizer = generation.load(args.model)
-    prepared = pairdata.prepare_pairs(recipe.pair_config(), tokenizer)
-    found = evaluate(model, prepared.tokens, tokenizer)
-    reporter.line(f"{len(prepared.tokens.rows('held')):,} held-out pairs: {found}")
-    if args.json:
-        print_json({"pairs": len(prepared.tokens.rows("held")), **found.to_json()})
-    return errors.OK
-
-
 def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    if not args.paths and (settings := _settings(args.model)).get("pairs") is not None:
-        return _eval_pairs(args, Recipe.of(settings, {}), reporter, print_json)
+    if not args.paths and pairscommand.trained_on_pairs(args.model):
+        return pairscommand.eval_command(args, reporter, print_json)
     if not args.paths:
         model, tokenizer, prepared = learning.open_model(args.model, None, None)
         return _report(args, model, tokenizer, prepared.tokens, reporter, print_json)
@@ -202,78 +180,4 @@ def _cv(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> 
     return errors.OK
 
 
-def _summarize(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    if (args.path is None) == (args.pairs is None):
-        raise errors.UsageError("a text to summarise, or --pairs FILE to be compared with: one")
-    if args.pairs is not None:
-        return _summarize_pairs(args, reporter, print_json)
-    model, tokenizer = generation.load(args.model)
-    ((_, pieces),) = sources.read([args.path], sources.Reading("text"))
-    text = data.clean(sources.text_of(pieces))[0]
-    (summary,) = _summaries(args, model, tokenizer, [text], args.sentences or 3)
-    result: dict[str, Any] = {"summary": summary, "lead": extracts.lead(text, args.sentences or 3)}
-    if args.reference is not None:
-        try:
-            reference = args.reference.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise errors.InputError(f"{args.reference}: cannot be read ({error})") from None
-        result["rouge"] = metrics.rouge([summary], [reference])
-        result["rouge_lead_1"] = metrics.rouge([extracts.lead(text)], [reference])
-    if args.json:
-        print_json(result)
-        return errors.OK
-    print(summary)
-    for name in ("rouge", "rouge_lead_1"):
-        if name in result:
-            told = ", ".join(f"{k} {v:.3f}" for k, v in result[name].items())
-            reporter.line(f"{name.replace('_', ' ')}: {told}")
-    return errors.OK
-
-
-def _summaries(
-    args: argparse.Namespace,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    texts: list[str],
-    sentences: int,
-) -> list[str]:
-    if not args.abstractive:
-        return abstractive.extracted(model, tokenizer, texts, sentences)
-    return abstractive.summaries(
-        model,
-        tokenizer,
-        texts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        longest=_settings(args.model).get("longest", abstractive.LONGEST),
-    )
-
-
-def _summarize_pairs(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    """ROUGE on the pairs that a model of these files was not trained on."""
-    settings = _settings(args.model)
-    group = args.group or settings.get("group")
-    share = settings.get("holdout") if args.holdout is None else args.holdout
-    values = {"pairs": args.pairs, "format": "summary", "group": group, "holdout": share}
-    found = pairdata.held_out(Recipe.of({}, values).pair_config(), args.split)[: args.count]
-    model, tokenizer = generation.load(args.model)
-    if settings.get("pairs") is None:
-        reporter.line("note: this model was not trained on pairs")
-    pairs_texts = [abstractive.text_of(pair) for pair in found]
-    made = _summaries(args, model, tokenizer, pairs_texts, args.sentences or 1)
-    compared = abstractive.rouge_beside_lead(made, pairs_texts, [pair.target for pair in found])
-    for pair, summary in list(zip(found, made, strict=True))[:SHOWN]:
-        reporter.line(f"wanted: {pair.target}\n  made: {summary}")
-    for line in compared.lines("abstractive" if args.abstractive else "extractive"):
-        reporter.line(line)
-    if args.json:
-        examples = [
-            {"text": text, "reference": pair.target, "summary": summary}
-            for text, pair, summary in zip(pairs_texts, found, made, strict=True)
-        ]
-        print_json({**compared.to_json(), "summaries": examples})
-    return errors.OK
-
-
-COMMANDS = {"eval": _eval, "cv": _cv, "summarize": _summarize}
+COMMANDS = {"eval": _eval, "cv": _cv, "summarize": pairscommand.summarize_command}
