@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, distributed, files, machine
+from . import checkpoint, distributed, files, machine, sharding
 from .budget import Budget, learning_rate
 from .config import TrainConfig, difference
 from .errors import TrainingError, UsageError
@@ -197,10 +197,11 @@ class Trainer:
         if not self.ranks.restore_random_state(tensors, saved.state["random"]):
             self._seed()
         self._resumed = True
-        for line in difference(
-            {**distributed.Ranks().described(), **saved.state["machine"]}, self._machine()
-        ):
-            self.reporter.line(f"note: {line} since the checkpoint; the last bits may differ")
+        before = {**distributed.Ranks().described(), **saved.state["machine"]}
+        for line in difference(before, self._machine()):
+            anew = line.startswith("ranks") and self.model.config.dropout
+            effect = "dropout takes other places" if anew else "the last bits may differ"
+            self.reporter.line(f"note: {line} since the checkpoint; {effect}")
 
     def finished(self) -> bool:
         return self.budget.share(self.counters.steps, self.counters.seconds) >= 1.0
@@ -232,7 +233,7 @@ class Trainer:
         if not bad:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-            bad = "" if math.isfinite(float(distributed.whole(norm))) else "gradient"
+            bad = "" if math.isfinite(float(sharding.whole(norm))) else "gradient"
         if bad:
             self._skip(bad)
             # the state of a bad step would poison every later one
