@@ -15,6 +15,7 @@ import torch
 
 import fastlm
 import fastlm.compat
+import fastlm.lm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

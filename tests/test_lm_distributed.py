@@ -43,6 +43,7 @@ KINDS = {
     ),
 }
 EVERY = [(kind, way) for kind in KINDS for way in distributed.WAYS]
+TEXT = data.load().documents[0].text[5000:7400]
 FOLDER = Path()  # of the cases; set by the program
 
 
@@ -100,7 +101,8 @@ def losses(kind: str, way: str) -> None:
     start, first = parameters(alone), ours.model.state_dict()
     if way == "fsdp2":
         assert all(p.to_local().numel() < p.numel() for p in first.values())
-    found = torch.tensor([[run.step() for _ in range(10)] for run in (alone, ours)])
+    taken = [[run.step() for _ in range(10)] for run in (alone, ours)]
+    found = torch.tensor(taken, dtype=torch.float64)
     torch.testing.assert_close(found[1], found[0])
     same_everywhere(found[1].tolist())
     assert_same_parameters(alone, ours)
@@ -121,7 +123,7 @@ def recomputed_layers() -> None:
 
 class Masked:
     """Batches with targets that do not count: most of the first row, or all of the second rank's,
-    or all, or a last batch that is too small for every rank to have a row."""
+    or all; then last batches too small for the ranks to have a row each, or as many."""
 
     def __init__(self, batches: Any) -> None:
         self.batches, self.state, self.at = batches, batches.state, 0
@@ -129,12 +131,11 @@ class Masked:
     def next(self) -> Any:
         tokens, targets, _ = self.batches.next()
         self.at += 1
-        if self.at == 4:
-            return tokens[:1], targets[:1], True
-        rows, places = [(0, slice(30)), (slice(3, 6), slice(None)), (slice(6), slice(None))][
-            self.at - 1
-        ]
-        targets[rows, places] = -100
+        if self.at > 3:
+            few = 1 if self.at == 4 else 3
+            return tokens[:few], targets[:few], True
+        masked = [(0, slice(30)), (slice(3, 6), slice(None)), (slice(6), slice(None))]
+        targets[masked[self.at - 1]] = -100
         return tokens, targets, True
 
 
@@ -143,10 +144,10 @@ def masks(kind: str, way: str, accumulate: int = 1) -> None:
     alone, ours = (make(kind, each, settings, dtype=torch.float64) for each in (None, way))
     alone.lanes = Masked(alone.lanes)
     ours.lanes = ours.ranks.rows_of(Masked(ours.lanes._batches), 6)
-    found = [[run.step() for _ in range(4)] for run in (alone, ours)]
+    found = [[run.step() for _ in range(5)] for run in (alone, ours)]
     assert math.isnan(found[0][2]) and math.isnan(found[1][2])
     assert alone.counters.skipped == ours.counters.skipped == 1
-    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), equal_nan=True)
+    torch.testing.assert_close(*torch.tensor(found, dtype=torch.float64), equal_nan=True)
     assert_same_parameters(alone, ours)
 
 
@@ -380,6 +381,15 @@ CASES: dict[str, Callable[[], None]] = dict(
 )
 
 
+def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str]:
+    """What it printed; where it takes too long it is asked to end, and ends its own."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise AssertionError(process.communicate(timeout=60)) from None
+
+
 # ---- the tests ----------------------------------------------------------------------------------
 
 
@@ -387,7 +397,7 @@ CASES: dict[str, Callable[[], None]] = dict(
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "text").mkdir()
-    (folder / "text" / "book.txt").write_text(data.load().documents[0].text[5000:7400])
+    (folder / "text" / "book.txt").write_text(TEXT)
     return results_of(__file__, WORLD, folder)
 
 
@@ -396,6 +406,90 @@ def test_two_ranks(results: list[dict[str, str]], case: str) -> None:
     for rank, found in enumerate(results):
         assert case in found, f"rank {rank} did not come to it"
         assert not found[case], f"rank {rank}: {found[case]}"
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [event for event in events if event["event"] == "step"]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`fastlm train` of a tiny model, its folder of runs being the current one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(TEXT)
+    options = "--data book.txt --tokenizer bytes --hidden 16 --batch 4 --seq 16 --evals 2"
+    return ["train", *options.split()]
+
+
+def test_torchrun(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command += ["--budget", "9steps", "--model", "transformer", "--layers", "2"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
+    start += ["--standalone", "-m", "fastlm.lm", *command, "--parallel", "fsdp2"]
+    started = subprocess.Popen(
+        [*start, "--out", "ranks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out, error = ended(started, 120)
+    assert started.returncode == 0, error
+    assert cli.main([*command, "--out", "one"]) == 0
+    # rank 1 says nothing
+    told, expected = out.splitlines(), capsys.readouterr().out.splitlines()
+    assert len(told) == len(expected) and told[0] == expected[0]
+    both = [[step["loss"] for step in steps_of(Path(run))] for run in ("ranks", "one")]
+    assert len(both[0]) == 9
+    torch.testing.assert_close(torch.tensor(both[0]), torch.tensor(both[1]))
+
+
+def test_a_killed_rank_ends_the_others(command: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    start = [sys.executable, "-m", "fastlm.lm", *command, "--budget", "5m", "--quiet"]
+    ranks = [
+        subprocess.Popen(
+            [*start, "--out", "run", "--save-every", "0"],
+            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        limit = time.monotonic() + 60
+        while len(steps_of(Path("run"))) < 3:
+            assert ranks[0].poll() is None and time.monotonic() < limit
+            time.sleep(0.02)
+        ranks[1].kill()
+        _, error = ranks[0].communicate(timeout=20)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == distributed.OtherRank.exit_code
+    assert error.startswith("fastlm: error: another rank ended"), error
+    assert error.count("\n") == 1
+    saved = saved_in(Path("run"))
+    assert saved.state["machine"]["ranks"] == WORLD and not saved.skipped
+
+
+def test_without_torchrun(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main([*command, "--parallel", "ddp"]) == UsageError.exit_code
+    assert "--parallel ddp is for several processes: torchrun" in capsys.readouterr().err
+    # what would be done twice, to the same files
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["demo"]) == UsageError.exit_code
+    expected = "fastlm: rank 1: error: demo runs in one process; torchrun is for train"
+    assert expected in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, files
+from . import checkpoint, files, sharding
 from .errors import LMError, UsageError
 
 WAYS = ("ddp", "fsdp2")
@@ -63,7 +63,7 @@ class Ranks:
         return self.way == "fsdp2"
 
     def described(self) -> dict[str, Any]:
-        return {"ranks": self.world, "parallel": self.way}
+        return {"ranks": self.world, "parallel": self.way or "none"}
 
     # ---- the model ----------------------------------------------------------------------------
 
@@ -90,8 +90,8 @@ class Ranks:
         return batches
 
     def share(self, rows: Tensor) -> tuple[Tensor, bool]:
-        """(this rank's part of the rows, True), or (one row, False) when there is none: every rank
-        must call the model as often as the others."""
+        """(this rank's part of the rows, True), or (a row, False) where there is none for it: all
+        ranks make the same calls."""
         return rows, True
 
     def own(self, state: Tensor | None) -> Tensor | None:
@@ -173,55 +173,15 @@ class _OwnRows:
     def next(self) -> tuple[Tensor, Tensor, bool]:
         """As many rows on every rank: where they run out, one that does not count."""
         tokens, targets, fresh = self._batches.next()
-        size = -(-len(tokens) // self._ranks.world)
-        rows = torch.arange(size) + self._ranks.rank * size
-        over, rows = rows >= len(tokens), rows.clamp(max=len(tokens) - 1)
-        return tokens[rows], targets[rows].masked_fill(over[:, None], IGNORED), fresh
+        count = -(-len(tokens) // self._ranks.world)
+        rows = torch.arange(count) + self._ranks.rank * count
+        # where a last, smaller batch has too few, rows that do not count: all ranks compute alike
+        missing = rows >= len(tokens)
+        rows = rows.clamp(max=len(tokens) - 1)
+        return tokens[rows], targets[rows].masked_fill(missing[:, None], IGNORED), fresh
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
-
-
-def _in_parts(tensor: Any) -> bool:
-    # DTensor is not imported for this: it takes a second
-    return hasattr(tensor, "full_tensor")
-
-
-def _part(value: Any, like: Any) -> Any:
-    """A whole tensor cut as the parameter `like` is; anything else as it is."""
-    if not _in_parts(like) or _in_parts(value) or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(like.device)
-    # every rank has read the same file: nothing is sent
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _load_parts(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()  # parameters stay whole after an evaluation
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name in state:
-        state[name] = _part(state[name], parameters.get(name))
-
-
-def _load_optimizer_parts(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = {
-        index: {name: _part(value, parameters[index]) for name, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": parts}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The norm of gradients that are in parts."""
-    together: Any = tensor
-    return together.full_tensor() if _in_parts(tensor) else tensor
 
 
 class Group(Ranks):
@@ -249,7 +209,11 @@ class Group(Ranks):
     # ---- the model ----------------------------------------------------------------------------
 
     def wrap(self, model: Any) -> Loss:
-        run = self._sharded(model) if self.way == "fsdp2" else self._replicated(model)
+        run: Loss
+        if self.way == "fsdp2":
+            run = sharding.shard(model, self.device, self.world)
+        else:
+            run = nn.parallel.DistributedDataParallel(_LossModule(model))
 
         def loss(
             tokens: Tensor, targets: Tensor, *rest: Any, **options: Any
@@ -266,32 +230,13 @@ class Group(Ranks):
 
         return loss
 
-    def _replicated(self, model: Any) -> Loss:
-        return nn.parallel.DistributedDataParallel(_LossModule(model))
-
-    def _sharded(self, model: Any) -> Loss:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        # layers by themselves, so that one at a time is whole; the rest is used outside of any
-        # forward, and shared between embedding and head where they are tied
-        for layer in getattr(model, "layers", ()):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        register_fsdp_forward_method(model, "loss")
-        model.register_load_state_dict_pre_hook(_load_parts)
-        return lambda *args, **options: model.loss(*args, **options)
-
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.register_load_state_dict_pre_hook(_load_optimizer_parts)
+        optimizer.register_load_state_dict_pre_hook(sharding.load_optimizer_parts)
 
     def whole(self, tensors: checkpoint.Tensors, everywhere: bool = False) -> checkpoint.Tensors:
         found = {}
         for name, value in tensors.items():
-            together = whole(value.detach())
+            together = sharding.whole(value.detach())
             if self.chief or everywhere:
                 found[name] = together.cpu()
         return found

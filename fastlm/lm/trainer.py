@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import anomaly, checkpoint, distributed, files, gradients, machine
+from . import anomaly, checkpoint, distributed, files, gradients, machine, sharding
 from .budget import Budget, learning_rate
 from .config import TrainConfig, difference
 from .diagnosis import verdict
@@ -208,10 +208,11 @@ class Trainer(Callbacks):
         if not self.ranks.restore_random_state(tensors, saved.state["random"]):
             self._seed()
         self._resumed = True
-        for line in difference(
-            {**distributed.Ranks().described(), **saved.state["machine"]}, self._machine()
-        ):
-            self.reporter.line(f"note: {line} since the checkpoint; the last bits may differ")
+        before = {**distributed.Ranks().described(), **saved.state["machine"]}
+        for line in difference(before, self._machine()):
+            anew = line.startswith("ranks") and self.model.config.dropout
+            effect = "dropout takes other places" if anew else "the last bits may differ"
+            self.reporter.line(f"note: {line} since the checkpoint; {effect}")
 
     def finished(self) -> bool:
         return self.budget.share(self.counters.steps, self.counters.seconds) >= 1.0
@@ -248,7 +249,7 @@ class Trainer(Callbacks):
         value = float(loss)
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(found)
-        if not (math.isfinite(value) and math.isfinite(float(distributed.whole(norm)))):
+        if not (math.isfinite(value) and math.isfinite(float(sharding.whole(norm)))):
             self._skip("gradient" if math.isfinite(value) else "loss", tokens, targets, state)
             # the state of a bad step would poison every later one
             self.hidden = state
