@@ -10,6 +10,8 @@ import json
 import math
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 from ranks import results_of, run_world
 
-from fastlm.lm import checkpoint, config, data, distributed, preparation, trainer
+from fastlm.lm import checkpoint, cli, config, data, distributed, preparation, trainer
 from fastlm.lm.errors import TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM

@@ -83,7 +83,11 @@ def test_repetition_and_distinct() -> None:
 def test_rouge() -> None:
     scores = metrics.rouge(["the cat sat", "x"], ["the cats sat down", "y"])
     assert abs(scores["rouge1"] - (2 * 1.0 * 0.75 / 1.75) / 2) < 1e-9  # with stemming
-    assert abs(scores["rougeL"] - scores["rouge1"]) < 1e-9 and 0 < scores["rouge2"] < 1
+    assert abs(scores["rougeL"] - scores["rouge1"]) < 1e-9
+    # both pairs of words of the first, of the three of the second
+    assert abs(scores["rouge2"] - (2 * 1.0 * (2 / 3) / (5 / 3)) / 2) < 1e-9
+    # the longest common subsequence of "a b c d" and "d c b a" is one word
+    assert metrics.rouge(["a b c d"], ["d c b a"]) == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": 0.25}
     with pytest.raises(InputError, match="2 candidates and 1 references"):
         metrics.rouge(["a", "b"], ["a"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -9,10 +10,11 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fastlm.lm import cli, labelling, preferences
+from fastlm.lm import cli, labelling, options, preferences
 from fastlm.lm.errors import InputError, UsageError
 from fastlm.lm.preferences import Preference
 
@@ -64,8 +66,45 @@ def test_dialogues(tmp_path: Path) -> None:
     (found,) = preferences.load([path], provenance="dataset:hh-rlhf")
     assert found == Preference(before, " good", " bad", "dataset:hh-rlhf")
     write(path, {"chosen": before + " a", "rejected": "\n\nHuman: x\n\nAssistant: b"})
-    with pytest.raises(InputError, match="differ before the last answer"):
+    with pytest.raises(InputError, match="line 1: the dialogues share no beginning"):
         preferences.load([path], provenance="dataset:hh-rlhf")
+
+
+def test_dialogues_that_part_early_and_gzip(tmp_path: Path) -> None:
+    """The published files are gzipped, and a few dialogues go on after the answer that differs."""
+    start = "\n\nHuman: hi\n\nAssistant:"
+    rest = "\n\nHuman: and?\n\nAssistant: so"
+    line = json.dumps({"chosen": start + " yes" + rest, "rejected": start + " no"})
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(line.encode()))
+    (found,) = preferences.load([path], provenance="dataset:hh-rlhf")
+    assert found == Preference(start, " yes" + rest, " no", "dataset:hh-rlhf")
+
+
+def test_rated_answers(tmp_path: Path) -> None:
+    def rated(*scores: object) -> dict[str, object]:
+        answers = [{"response": f"r{i}", "overall_score": s} for i, s in enumerate(scores)]
+        return {"instruction": "q", "completions": answers}
+
+    path = write(tmp_path / "a.jsonl", rated(3.0, 7.5, 1.0), rated(2.0, 2.0), rated(4.0), rated())
+    found = preferences.load([path], provenance="dataset:ultrafeedback")
+    assert found == [Preference("q", "r1", "r2", "dataset:ultrafeedback")]
+    for broken in (rated(3.0, None), {"instruction": "q", "completions": ["x"]}):
+        write(path, broken)
+        with pytest.raises(InputError, match="line 1: "):
+            preferences.load([path], provenance="dataset:ultrafeedback")
+
+
+def test_published_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [record(provenance=None), record(chosen="other", provenance=None)]
+    package = SimpleNamespace(load_dataset=lambda *_, **__: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    with pytest.raises(InputError, match="hf:some: record 1: no provenance"):
+        preferences.load(["hf:some"], "fastlm")
+
+
+def test_the_command_knows_every_format() -> None:
+    assert options.PREFERENCES == preferences.FORMATS
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -80,6 +119,9 @@ def test_messages(tmp_path: Path) -> None:
     write(path, {"prompt": "q", "chosen": turns("a")[1:], "rejected": turns("b")[1:]})
     (found,) = preferences.load([path], provenance="dataset:ultra")
     assert found.prompt == "q"
+    tie = {"chosen": turns("a"), "rejected": turns("b"), "score_chosen": 7, "score_rejected": 7}
+    write(path, tie, {**tie, "score_chosen": 8})
+    assert len(preferences.load([path], provenance="dataset:ultra")) == 1
     write(path, {"chosen": turns("a"), "rejected": [{"content": "b"}]})
     with pytest.raises(InputError, match="no role and content"):
         preferences.load([path], provenance="dataset:ultra")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -181,3 +184,52 @@ def test_mojibake_is_repaired() -> None:
     wrong = "caf\u00e9 d\u00e9j\u00e0 vu".encode().decode("latin-1")
     text, counts = cleaning.clean(wrong + "\nfine", cleaning.Cleaning(mojibake=True))
     assert text == "caf\u00e9 d\u00e9j\u00e0 vu\nfine" and counts["lines wrongly decoded"] == 1
+
+
+def test_records_and_text_may_hold_html(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "<p>one &amp; <b>two</b></p>"}\n{"text": "3<4"}')
+    (tmp_path / "b.txt").write_text("<div>three</div>")
+    tally = sources.Tally()
+    reading = sources.Reading(html=True)
+    found = {n: sources.text_of(p) for n, p in sources.read([tmp_path], reading, tally)}
+    assert found == {"a:1": "\none & two\n", "a:2": "3<4", "b": "\nthree\n"}
+    assert tally.counts["HTML tags"] == 3
+    assert read(tmp_path / "b.txt") == {"b": "<div>three</div>"}
+
+
+def published(monkeypatch: pytest.MonkeyPatch, rows: Any) -> list[tuple[Any, ...]]:
+    """A package `datasets` whose only collection has these rows; the calls that it gets."""
+    calls = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        calls.append((name, config, split, streaming))
+        if isinstance(rows, Exception):
+            raise rows
+        return iter(rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_published_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = published(monkeypatch, [{"text": "one", "id": 1}, {"text": "two", "id": 2}])
+    assert read("hf:group/name") == {"name:1": "one", "name:2": "two"}
+    assert list(read("hf:group/name:config@test").values()) == ["one", "two"]
+    assert calls == [("group/name", None, "train", True), ("group/name", "config", "test", True)]
+    with pytest.raises(InputError, match="line 1 has no column 'body'; there are 'text', 'id'"):
+        read("hf:group/name", column="body")
+    with pytest.raises(UsageError, match="save it with fastlm data clean"):
+        sources.fingerprint(["hf:group/name"])
+
+
+def test_a_collection_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    published(monkeypatch, ValueError("Bad split: dev.\nmore"))
+    with pytest.raises(
+        InputError, match=r"hf:a@dev: cannot be read by datasets \(Bad split: dev.\)"
+    ):
+        read("hf:a@dev")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        MissingExtra, match=r"needs the package datasets; pip install 'fastlm\[hub\]"
+    ):
+        read("hf:a")

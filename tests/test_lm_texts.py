@@ -209,3 +209,62 @@ def test_exit_codes(
 ) -> None:
     assert run(*arguments) == code
     assert message in capsys.readouterr().err
+
+
+def test_unusable_files_are_left_out_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("good text")
+    (tmp_path / "b.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "c.jsonl").write_text('{"text": "a record"}\n{"body": "x"}\n{"text": "never read"}')
+    (tmp_path / "d.csv").write_text("body\nx\n")
+    (tmp_path / "e.txt").write_text("last")
+    assert run("stats", str(tmp_path)) == 3
+    assert "b.txt: not text" in capsys.readouterr().err
+    assert run("stats", str(tmp_path), "--skip-unusable", "--json") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["read"], report["kept"], report["reasons"]) == (6, 3, {"unusable files": 3})
+    reasons = {entry["name"]: entry["reason"] for entry in report["removed"]}
+    assert "not text" in reasons["b"] and "line 2 has no column" in reasons["c"]
+    assert "there are 'body'" in reasons["d"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "b.txt").write_bytes(bytes(range(256)))
+    assert run("stats", str(tmp_path / "only"), "--skip-unusable") == 3
+    assert "no usable text (b: " in capsys.readouterr().err
+
+
+def test_single_steps_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("def f():\r\n    return  1 \n\n\n\nx\n")
+    assert run("clean", str(path), "--out", str(out), "--keep", "spaces,blank-lines") == 0
+    assert (out / "a.txt").read_text() == "def f():\n    return  1 \n\n\n\nx\n"
+    assert run("stats", str(path), "--keep", "tabs") == 2
+    assert "line-endings, control, nfc, spaces, blank-lines, got 'tabs'" in capsys.readouterr().err
+    assert run("stats", str(path), "--keep", "nfc", "--no-clean") == 2
+
+
+def test_texts_keep_their_names_beside_records(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "<i>two</i>"}')
+    assert run("clean", str(tmp_path), "--strip-html", "--out", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "a.txt").read_text() == "one"
+    (line,) = (tmp_path / "out" / "documents.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"name": "b:1", "text": "two"}
+
+
+def test_several_documents_are_held_out(tmp_path: Path) -> None:
+    store = build(tmp_path, {name: f"text of {name}\n" for name in "abcd"})
+    train, held = texts.hold_out(store, ("b", "d"))
+    assert [d.name for d in train] == ["a", "c"] and [d.name for d in held] == ["b", "d"]
+    with pytest.raises(InputError, match="no document named 'e' to hold out; there are a, b, c, d"):
+        texts.hold_out(store, ("b", "e"))
+    with pytest.raises(InputError, match="all there is"):
+        texts.hold_out(store, tuple("abcd"))
+
+
+def test_tokenizing_says_what_hurts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("The cat, the dog.\n" * 30)
+    arguments = ["tokenize", str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--drop-punctuation"]
+    assert run(*arguments, "--out", str(tmp_path / "out")) == 0
+    assert "note: punctuation is removed" in capsys.readouterr().out

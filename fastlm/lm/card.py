@@ -75,8 +75,8 @@ def text(
         terms or ("see above" if config.paths is None else "not stated"),
         "## Size",
         "\n".join(summary(numbers)),
-        f"{numbers['distinct_characters']:,} distinct characters; "
-        f"{numbers['non_ascii_characters']:,} characters are not ASCII.",
+        f"{numbers['distinct_characters']:,} distinct characters; not ASCII: "
+        f"{numbers['non_ascii_characters']:,} characters.",
         "## Composition",
         "\n".join(_composition(store, numbers["bytes"])),
         "## Cleaning",

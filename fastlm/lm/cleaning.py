@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, MissingExtra
+from .errors import InputError, MissingExtra, UsageError
 
 # how much text is cleaned at once; a document shorter than this is cleaned whole
 PIECE = 1 << 20
@@ -58,6 +58,23 @@ class Cleaning:
                 "model trained on it cannot write a sentence"
             )
         return notes
+
+
+STEPS = ("line-endings", "control", "nfc", "spaces", "blank-lines")
+
+
+def kept(names: str | None) -> dict[str, bool]:
+    """The arguments of `Cleaning` that leave out these of its steps, given as "spaces,nfc".
+
+    Raises:
+        UsageError: one is no step.
+    """
+    found = {}
+    for name in (names or "").split(",") if names else ():
+        if name not in STEPS:
+            raise UsageError(f"a step of cleaning is one of {', '.join(STEPS)}, got {name!r}")
+        found[name.replace("-", "_")] = False
+    return found
 
 
 def stop_words(source: str) -> tuple[str, ...]:

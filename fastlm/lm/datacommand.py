@@ -13,7 +13,7 @@ from typing import Any
 from . import card, cleaning, data, errors, files, preparation, sources, store, texts
 from .progress import Reporter
 
-# more documents than this become one file of JSON lines instead of a file each
+# more texts than this become one file of JSON lines instead of a file each
 FILES = 1000
 DOCUMENTS = "documents.jsonl"
 
@@ -30,19 +30,27 @@ def _config(args: argparse.Namespace) -> preparation.DataConfig:
             ) from None
     if args.no_clean:
         changes = cleaning.Cleaning.off()
+        if args.keep:
+            raise errors.UsageError("--keep is for cleaning, not for --no-clean")
     else:
         words = cleaning.stop_words(args.stop_words) if args.stop_words else ()
         changes = cleaning.Cleaning(
-            mojibake=args.fix_encoding, punctuation=args.drop_punctuation, stop_words=words
+            mojibake=args.fix_encoding,
+            punctuation=args.drop_punctuation,
+            stop_words=words,
+            **cleaning.kept(args.keep),
         )
+    reading = sources.Reading(
+        args.format or "auto", args.column or "text", args.encoding or "utf-8", args.strip_html
+    )
     return preparation.DataConfig(
         tuple(args.paths) or None,
         preparation.held_out_of(getattr(args, "holdout", None)),
         getattr(args, "tokenizer", "auto"),
         getattr(args, "vocab", 2048),
         changes,
-        sources.Reading(args.format or "auto", args.column or "text", args.encoding or "utf-8"),
-        texts.Filter(near, args.min_characters),
+        reading,
+        texts.Filter(near, args.min_characters, args.skip_unusable),
     )
 
 
@@ -66,15 +74,19 @@ def _parent(out: Path) -> Path:
 
 
 def _write_documents(folder: Path, cleaned: texts.TextStore) -> None:
-    """A text file for each document, or one of JSON lines when there are many."""
-    if len(cleaned.documents) <= FILES and not any(":" in name for name in cleaned.names()):
-        for document in cleaned.documents:
-            with (folder / f"{document.name}.txt").open("w", encoding="utf-8") as file:
-                for piece in document.pieces():
-                    file.write(piece)
+    """A text file for each document; one of JSON lines for records, and when there are many."""
+    documents = cleaned.documents
+    if sum(":" not in document.name for document in documents) <= FILES:
+        for document in documents:
+            if ":" not in document.name:
+                with (folder / f"{document.name}.txt").open("w", encoding="utf-8") as file:
+                    for piece in document.pieces():
+                        file.write(piece)
+        documents = [document for document in documents if ":" in document.name]
+    if not documents:
         return
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as file:
-        for document in cleaned.documents:
+        for document in documents:
             record = {"name": document.name, "text": document.text}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -134,7 +146,7 @@ def _tokenize(args: argparse.Namespace, reporter: Reporter) -> dict[str, Any]:
     for line in preparation.describe(found)[1:]:
         reporter.line(line)
     reporter.line(f"written to {args.out}: {store.TOKENS}, {store.INDEX}, tokenizer.json")
-    return preparation.summary(found)
+    return {**preparation.summary(found), "notes": config.cleaning.notes()}
 
 
 _STEPS: dict[str, Callable[[argparse.Namespace, Reporter], dict[str, Any]]] = {

@@ -12,9 +12,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,6 +50,11 @@ def read_questions(path: Path) -> list[Question]:
     for example in tally.examples.values():  # a question nobody is asked would not be noticed
         raise InputError(f"{example}: needs the texts prompt, a and b")
     return [Question(**record) for _, record in found]
+
+
+def save_questions(path: Path, questions: Sequence[Question]) -> None:
+    lines = [json.dumps(asdict(question), ensure_ascii=False) for question in questions]
+    files.write_text(path, "\n".join(lines) + "\n")
 
 
 class Answers:

@@ -95,24 +95,35 @@ def open_model(
     return model, tokenizer, prepared
 
 
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "split": args.split,
+        "count": args.count,
+        "prompt": args.prompt_tokens,
+        "length": args.tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+
+
 def _from_model(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
-    found = rollouts.human_over_model(
-        model,
-        tokenizer,
-        prepared.tokens,
-        split=args.split,
-        count=args.count,
-        prompt=args.prompt_tokens,
-        length=args.tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
+    found = rollouts.human_over_model(model, tokenizer, prepared.tokens, **_sampling(args))
     preferences.save(args.out, found)
     return _counted(args, found, reporter, print_json)
 
 
-PREFS = {"label": _label, "check": _check, "from-model": _from_model}
+def _sample(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
+    found = rollouts.two_each(model, tokenizer, prepared.tokens, **_sampling(args))
+    labelling.save_questions(args.out, [labelling.Question(*texts) for texts in found])
+    reporter.line(f"{len(found):,} questions; to answer: fastlm prefs label {args.out} --out FILE")
+    if args.json:
+        print_json({"questions": len(found), "out": str(args.out)})
+    return errors.OK
+
+
+PREFS = {"label": _label, "sample": _sample, "check": _check, "from-model": _from_model}
 
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:

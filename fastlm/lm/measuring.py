@@ -1,38 +1,34 @@
-"""`fastlm eval`, `fastlm cv`: how good a model is."""
+"""`fastlm eval`: how good a model is."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import (
-    data,
+    checkpoint,
     errors,
-    files,
+    folds,
     generation,
     learning,
     metrics,
     pairscommand,
-    preparation,
+    preferences,
+    reward,
     rollouts,
-    sources,
     texts,
 )
 from . import store as stores
 from .evaluation import Score, by_document
 from .kinds import LanguageModel
 from .progress import Reporter
-from .recipe import DEFAULTS, Recipe
 from .tokenizer import Tokenizer
-from .trainer import Trainer
 
 PrintJSON = Callable[[Any], None]
 TEXT = 40  # tokens of a sample
@@ -49,7 +45,7 @@ def _store_of(paths: list[str], tokenizer: Tokenizer) -> Iterator[stores.TokenSt
 
 def table(scores: dict[str, Score]) -> list[str]:
     """Documents below each other, then all of them."""
-    width = max(len("all"), *map(len, scores))
+    width = max(len("document"), *map(len, scores))
     lines = [f"{'document':<{width}}  bits/byte  perplexity  nats/token      tokens"]
     rows = [*scores.items()]
     if len(rows) > 1:
@@ -73,18 +69,39 @@ def total(scores: dict[str, Score]) -> Score:
 
 def quality(
     model: LanguageModel, tokenizer: Tokenizer, store: stores.TokenStore, count: int, seed: int
-) -> dict[str, float]:
-    """Repetition of continuations of held-out contexts, beside that of what follows there."""
+) -> dict[str, Any]:
+    """Repetition of continuations of held-out contexts, beside that of what follows there, and how
+    well the model's own likelihood tells the two apart."""
     places = rollouts.contexts(store, "held", count, 24, TEXT, seed)
     prompts = torch.stack([place.prompt for place in places])
-    made = rollouts.rollout(model, prompts, TEXT, end=tokenizer.end, seed=seed).texts(tokenizer)
-    real = [tokenizer.decode(place.following.tolist()) for place in places]
-    return {
-        "distinct_2": metrics.distinct(made),
-        "distinct_2_of_the_text": metrics.distinct(real),
-        "repetition_4": metrics.repetition(made),
-        "repetition_4_of_the_text": metrics.repetition(real),
+    made = rollouts.rollout(model, prompts, TEXT, end=tokenizer.end, seed=seed)
+    following = torch.stack([place.following for place in places])
+    texts_of = {
+        "": made.texts(tokenizer),
+        "_of_the_text": [tokenizer.decode(row) for row in following.tolist()],
     }
+    found: dict[str, Any] = {}
+    for whose, written in texts_of.items():
+        found |= {f"distinct_{n}{whose}": metrics.distinct(written, n) for n in (1, 2, 3)}
+        found[f"repetition_4{whose}"] = metrics.repetition(written)
+    with torch.no_grad():
+        human = rollouts.logprobs_of(model, prompts, following).mean(1).tolist()
+    own = (made.logprobs.sum(1) / made.mask.sum(1)).tolist()
+    found["auc_own"] = metrics.auc_interval(own, human, seed=seed).to_json()
+    return found
+
+
+def sample_lines(count: int, numbers: dict[str, Any]) -> list[str]:
+    def both(name: str, form: str) -> str:
+        return f"{numbers[name]:{form}} ({numbers[f'{name}_of_the_text']:{form}})"
+
+    distinct = ", ".join(f"distinct-{n} {both(f'distinct_{n}', '.2f')}" for n in (1, 2, 3))
+    return [
+        f"{count} texts of {TEXT} tokens, and what the author wrote there: {distinct}, repeated "
+        f"4-grams {both('repetition_4', '.1%')}",
+        "likelier to the model than the author's: AUC-ROC "
+        f"{metrics.Interval(**numbers['auc_own'])}; 0.5 says they cannot be told apart by it",
+    ]
 
 
 def _report(
@@ -103,81 +120,47 @@ def _report(
     if args.samples:
         try:
             numbers = quality(model, tokenizer, store, args.samples, args.seed)
-        except errors.InputError as error:
+        except (errors.InputError, errors.MissingExtra) as error:
             reporter.line(f"no samples: {error}")
         else:
             result["samples"] = numbers
-            reporter.line(
-                f"{args.samples} texts of {TEXT} tokens: distinct-2 {numbers['distinct_2']:.2f} "
-                f"(the text itself {numbers['distinct_2_of_the_text']:.2f}), repeated 4-grams "
-                f"{numbers['repetition_4']:.1%} ({numbers['repetition_4_of_the_text']:.1%})"
-            )
+            for line in sample_lines(args.samples, numbers):
+                reporter.line(line)
     if args.json:
         print_json(result)
     return errors.OK
 
 
+def _eval_reward(
+    saved: checkpoint.Checkpoint,
+    args: argparse.Namespace,
+    reporter: Reporter,
+    print_json: PrintJSON,
+) -> int:
+    if not args.paths:
+        raise errors.UsageError(f"{args.model} is a reward model: name files of preferences")
+    judge = reward.load(saved.path)
+    found = preferences.load(args.paths)
+    report = reward.evaluate(judge.model, found, judge.tokenizer, seed=args.seed)
+    for line in report.lines():
+        reporter.line(line)
+    if args.json:
+        print_json(report.to_json())
+    return errors.OK
+
+
 def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    saved = checkpoint.find(args.model)
+    if reward.is_reward(saved):
+        return _eval_reward(saved, args, reporter, print_json)
     if not args.paths and pairscommand.trained_on_pairs(args.model):
         return pairscommand.eval_command(args, reporter, print_json)
     if not args.paths:
         model, tokenizer, prepared = learning.open_model(args.model, None, None)
         return _report(args, model, tokenizer, prepared.tokens, reporter, print_json)
-    model, tokenizer = generation.load(args.model)
+    model, tokenizer = generation.load_checkpoint(saved)
     with _store_of(args.paths, tokenizer) as store:
         return _report(args, model, tokenizer, store, reporter, print_json)
 
 
-def cross_validate(
-    recipe: Recipe, kinds: list[str], folds: int | None, reporter: Reporter
-) -> dict[str, dict[str, float]]:
-    """{kind: {held-out document: bits per byte}}: every document is held out once, the tokenizer
-    learned without it too, and every kind gets the same budget."""
-    names = [name for name, _ in sources.read(data.paths_of(recipe.data))]
-    if len(names) < 2:
-        raise errors.InputError("cross-validation needs at least 2 documents")
-    found: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
-    for name in names[:folds]:
-        for kind in kinds:
-            settings = {**recipe.to_json(), "holdout": name, "model": kind}
-            for option in DEFAULTS["transformer"]:
-                settings.pop(option)  # each kind has its own
-            chosen = Recipe.of({}, settings)
-            prepared = preparation.prepare(chosen.data_config())
-            run = Trainer(
-                chosen.make_model(prepared.tokens),
-                prepared.tokens,
-                prepared.tokenizer,
-                replace(chosen.train_config(), evals=1),
-            )
-            result = run.fit()
-            if result.stopped == "interrupted":
-                raise KeyboardInterrupt
-            assert result.score is not None
-            found[kind][name] = result.score.bits_per_byte
-            reporter.line(f"held out {name}, {kind}: {result.score}, {result.steps} steps")
-    return found
-
-
-def _cv(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    kinds = args.model.split(",")
-    values = {"budget": args.budget, "vocab": args.vocab, "seed": args.seed, "data": args.data}
-    found = cross_validate(Recipe.of({}, values), kinds, args.folds, reporter)
-    summary = {}
-    for kind, scores in found.items():
-        bits = list(scores.values())
-        spread = statistics.stdev(bits) if len(bits) > 1 else 0.0
-        summary[kind] = {"mean": statistics.mean(bits), "deviation": spread}
-        reporter.line(
-            f"{kind}: {statistics.mean(bits):.3f} bits/byte, deviation {spread:.3f} over "
-            f"{len(bits)} documents, {args.budget} each"
-        )
-    result = {"bits_per_byte": found, "summary": summary, "budget": args.budget}
-    if args.out is not None:
-        files.write_json(args.out, result)
-    if args.json:
-        print_json(result)
-    return errors.OK
-
-
-COMMANDS = {"eval": _eval, "cv": _cv, "summarize": pairscommand.summarize_command}
+COMMANDS = {"eval": _eval, "cv": folds.command, "summarize": pairscommand.summarize_command}

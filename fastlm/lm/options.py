@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+PREFERENCES = ("auto", "fastlm", "hh", "messages", "ultrafeedback")  # as preferences.FORMATS
 UNSET: Any = argparse.SUPPRESS  # so that a resumed run knows what was typed
 
 
@@ -121,12 +122,26 @@ def _reading_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="PATH",
         help="files and folders of text, HTML, JSON lines or CSV, also gzipped; - is standard "
-        "input; none: six novels by Jane Austen",
+        "input, hf:NAME[:CONFIG][@SPLIT] a published collection; none: six novels by Jane Austen",
     )
     parser.add_argument("--format", choices=("auto", "text", "html", "jsonl", "csv"))
     parser.add_argument("--column", metavar="NAME", help="field of JSON and CSV records (text)")
     parser.add_argument("--encoding", metavar="NAME", help="of files without a mark (utf-8)")
     parser.add_argument("--no-clean", action="store_true", help="keep text as it is")
+    parser.add_argument(
+        "--keep",
+        metavar="STEP,...",
+        help="steps to leave out: line-endings, control, nfc, spaces (they matter in program "
+        "text), blank-lines",
+    )
+    parser.add_argument(
+        "--strip-html", action="store_true", help="records and text files hold HTML, take its text"
+    )
+    parser.add_argument(
+        "--skip-unusable",
+        action="store_true",
+        help="leave out files that are no text, and say so, instead of stopping",
+    )
     parser.add_argument(
         "--fix-encoding", action="store_true", help="repair wrongly decoded text (needs ftfy)"
     )
@@ -171,6 +186,18 @@ def _data_commands(commands: Any) -> None:
     _reading_options(tokenize)
 
 
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Of contexts from the corpus, and of what the model writes there."""
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="as the model was trained")
+    parser.add_argument("--holdout", metavar="NAME", help="as the model was trained")
+    parser.add_argument("--split", choices=("train", "held"), default="train")
+    parser.add_argument("--prompt-tokens", type=int, default=24, metavar="N")
+    parser.add_argument("--tokens", type=int, default=80, metavar="N", help="of each text")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    parser.add_argument("--seed", type=int, default=0)
+    _output_options(parser)
+
+
 def _prefs_commands(commands: Any) -> None:
     prefs = commands.add_parser("prefs", help="preferences between two texts")
     steps = prefs.add_subparsers(dest="step", required=True, metavar="STEP")
@@ -187,19 +214,18 @@ def _prefs_commands(commands: Any) -> None:
     )
     made.add_argument("model", type=Path, help="run, checkpoint or model folder")
     made.add_argument("--out", type=Path, required=True, metavar="FILE")
-    made.add_argument("--data", nargs="+", metavar="PATH", help="default: six novels")
-    made.add_argument("--holdout", metavar="NAME", help="as the model was trained")
-    made.add_argument("--split", choices=("train", "held"), default="train")
     made.add_argument("--count", type=int, default=4000, metavar="N")
-    made.add_argument("--prompt-tokens", type=int, default=24, metavar="N")
-    made.add_argument("--tokens", type=int, default=80, metavar="N", help="of each text")
-    made.add_argument("--temperature", type=float, default=1.0, metavar="T")
-    made.add_argument("--seed", type=int, default=0)
-    _output_options(made)
+    _sampling_options(made)
+
+    sample = steps.add_parser("sample", help="two texts of the model each, to be judged: label")
+    sample.add_argument("model", type=Path, help="run, checkpoint or model folder")
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE")
+    sample.add_argument("--count", type=int, default=50, metavar="N")
+    _sampling_options(sample)
 
     check = steps.add_parser("check", help="read preferences, count them by who chose")
     check.add_argument("paths", nargs="+", metavar="FILE")
-    check.add_argument("--format", choices=("auto", "fastlm", "hh", "messages"), default="auto")
+    check.add_argument("--format", choices=PREFERENCES, default="auto")
     check.add_argument(
         "--provenance", metavar="KIND:NAME", help="of files without one, such as dataset:hh-rlhf"
     )
@@ -209,7 +235,7 @@ def _prefs_commands(commands: Any) -> None:
 
 def _preference_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preferences", nargs="+", metavar="FILE")
-    parser.add_argument("--format", choices=("auto", "fastlm", "hh", "messages"), default="auto")
+    parser.add_argument("--format", choices=PREFERENCES, default="auto")
     parser.add_argument("--provenance", metavar="KIND:NAME", help="of files without one")
 
 
@@ -297,10 +323,15 @@ def _dpo_command(commands: Any) -> None:
 
 
 def _measuring_commands(commands: Any) -> None:
-    evaluate = commands.add_parser("eval", help="bits per byte of text, document by document")
-    evaluate.add_argument("model", type=Path, help="run, checkpoint or model folder")
+    evaluate = commands.add_parser(
+        "eval", help="bits per byte of text by document; a reward model on preferences"
+    )
+    evaluate.add_argument("model", type=Path, help="run, checkpoint, model or reward folder")
     evaluate.add_argument(
-        "paths", nargs="*", metavar="PATH", help="text (default: what was held out in training)"
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="text (default: what was held out in training); preferences for a reward model",
     )
     evaluate.add_argument("--samples", type=int, default=64, metavar="N", help="texts to judge")
     evaluate.add_argument("--seed", type=int, default=0)
@@ -308,10 +339,18 @@ def _measuring_commands(commands: Any) -> None:
 
     cv = commands.add_parser("cv", help="cross-validation: each document held out once")
     cv.add_argument("--data", nargs="+", metavar="PATH", help="default: six novels")
-    cv.add_argument("--model", default="gru", metavar="KIND,...", help="gru, transformer or both")
-    cv.add_argument("--budget", default="20s", metavar="B", help="of each model and document (20s)")
-    cv.add_argument("--folds", type=int, metavar="N", help="only the first documents")
-    cv.add_argument("--out", type=Path, metavar="FILE", help="the same as JSON")
+    cv.add_argument(
+        "--compare",
+        "--model",
+        dest="compare",
+        default="gru",
+        metavar="KIND[:NAME=VALUE]...,...",
+        help="models, each with the same budget: gru,transformer or gru:hidden=512,gru:layers=2",
+    )
+    cv.add_argument("--budget", default="20s", metavar="B", help="of each model and fold (20s)")
+    cv.add_argument("--folds", type=int, metavar="K", help="folds of several documents each")
+    cv.add_argument("--first", type=int, metavar="N", help="stop after N folds")
+    cv.add_argument("--out", type=Path, metavar="FILE", help="the same as JSON, after every fold")
     cv.add_argument("--vocab", type=int, default=2048, metavar="N")
     cv.add_argument("--seed", type=int, default=0)
     _output_options(cv)

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from . import files
+from . import files, sources
 from .errors import InputError, UsageError
 
 KINDS = ("human", "human-over-model", "synthetic", "dataset")
-FORMATS = ("auto", "fastlm", "hh", "messages")
+FORMATS = ("auto", "fastlm", "hh", "messages", "ultrafeedback")
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,38 @@ def _own(record: dict[str, Any], where: str) -> tuple[str, str, str] | None:
 
 
 def _hh(record: dict[str, Any], where: str) -> tuple[str, str, str]:
-    """Two whole dialogues that differ in the last answer (Anthropic HH-RLHF)."""
+    """Two whole dialogues that differ in an answer, nearly always the last (Anthropic HH-RLHF)."""
     chosen, rejected = _text(record, "chosen", where), _text(record, "rejected", where)
     mark = "\n\nAssistant:"
-    cut = chosen.rfind(mark) + len(mark)
-    other = rejected.rfind(mark) + len(mark)
-    if cut < len(mark) or other < len(mark):
-        raise InputError(f"{where}: no {mark.strip()!r} in the dialogues")
-    if chosen[:cut] != rejected[:other]:
-        raise InputError(f"{where}: the dialogues differ before the last answer")
-    return chosen[:cut], chosen[cut:], rejected[other:]
+    found = commonprefix([chosen, rejected]).rfind(mark)
+    if found < 0:
+        raise InputError(f"{where}: the dialogues share no beginning up to {mark.strip()!r}")
+    cut = found + len(mark)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _messages(record: dict[str, Any], where: str) -> tuple[str, str, str]:
-    """Lists of {role, content}, the prompt in them or beside them (UltraFeedback, TRL)."""
+def _ultrafeedback(record: dict[str, Any], where: str) -> tuple[str, str, str] | None:
+    """An instruction and rated answers (UltraFeedback as published): the best over the worst."""
+    prompt, answers = _text(record, "instruction", where), record.get("completions")
+    if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
+        raise InputError(f"{where}: no list of answers in 'completions'")
+    rated = []
+    for answer in answers:
+        try:
+            rated.append((float(answer["overall_score"]), _text(answer, "response", where)))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{where}: an answer has no overall_score") from None
+    if len(rated) < 2:
+        return None
+    best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
+    return None if best[0] == worst[0] else (prompt, best[1], worst[1])
+
+
+def _messages(record: dict[str, Any], where: str) -> tuple[str, str, str] | None:
+    """Lists of {role, content}, the prompt in them or beside them (UltraFeedback in pairs, TRL)."""
+    score = record.get("score_chosen")
+    if score is not None and score == record.get("score_rejected"):
+        return None
 
     def said(key: str) -> list[tuple[str, str]]:
         turns = record.get(key)
@@ -119,56 +138,64 @@ _READERS: dict[str, Callable[[dict[str, Any], str], tuple[str, str, str] | None]
     "fastlm": _own,
     "hh": _hh,
     "messages": _messages,
+    "ultrafeedback": _ultrafeedback,
 }
 
 
 def _format_of(record: dict[str, Any]) -> str:
     if isinstance(record.get("chosen"), list):
         return "messages"
+    if "completions" in record:
+        return "ultrafeedback"
     own = "choice" in record or "prompt" in record or "provenance" in record
     return "fastlm" if own else "hh"
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    tally = sources.Tally()
+    what = "record" if sources.hub.names(path) else "line"
+    for number, record in sources.objects(path, sources.Reading("jsonl"), tally):
+        yield f"{path}: {what} {number}", record
+    for kind, example in tally.examples.items():  # half a file is not what was asked for
+        raise InputError(f"{example} ({kind})")
 
 
 def load(
     paths: Sequence[str | Path], format: str = "auto", provenance: str | None = None
 ) -> list[Preference]:
-    """Preferences from JSON-lines files; ties, skipped ones and equal texts are left out.
+    """Preferences from JSON-lines files, also gzipped, and collections named hf:NAME.
 
-    `provenance` is for files of others, which do not have it: it never overrules a record's own.
+    Ties, skipped ones and equal texts are left out. `provenance` is for files of others, which do
+    not have it: it never overrules a record's own.
 
     Raises:
         InputError: a record has no provenance, misses a column, or none is usable.
     """
-    if format not in FORMATS:
-        raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if provenance is not None:
-        check_provenance(provenance, "--provenance")
     found: list[Preference] = []
     for path in map(Path, paths):
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found += _parse(line, f"{path}: line {number}", format, provenance)
+        found += of_records(_records(path), format, provenance)
     if not found:
         raise InputError(f"{', '.join(map(str, paths))}: no preference in it")
     return found
 
 
-def _parse(line: str, where: str, format: str, provenance: str | None) -> list[Preference]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object")
-    origin = check_provenance(record.get("provenance", provenance), where)
-    read = _READERS[_format_of(record) if format == "auto" else format](record, where)
-    if read is None or read[1] == read[2]:
-        return []
-    return [Preference(*read, origin)]
+def of_records(
+    records: Iterable[tuple[str, dict[str, Any]]],
+    format: str = "auto",
+    provenance: str | None = None,
+) -> list[Preference]:
+    """The same of records that are there already, each with a name for error messages."""
+    if format not in FORMATS:
+        raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if provenance is not None:
+        check_provenance(provenance, "--provenance")
+    found = []
+    for where, record in records:
+        origin = check_provenance(record.get("provenance", provenance), where)
+        read = _READERS[_format_of(record) if format == "auto" else format](record, where)
+        if read is not None and read[1] != read[2]:
+            found.append(Preference(*read, origin))
+    return found
 
 
 def save(path: Path, preferences: Iterable[Preference]) -> None:

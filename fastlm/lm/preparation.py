@@ -24,17 +24,17 @@ def held_out_of(text: str | None) -> str | float | None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`paths` None: the shipped novels. `holdout`: a document's name or a share in (0, 1)."""
+    """`paths` None: the shipped novels. `holdout`: names of documents, or a share in (0, 1)."""
 
     paths: tuple[str, ...] | None = None
-    holdout: str | float | None = None
+    holdout: str | float | tuple[str, ...] | None = None
     tokenizer: str = "auto"
     vocab_size: int = 2048
     cleaning: Cleaning = Cleaning()
     reading: sources.Reading = sources.Reading()
     keep: texts.Filter = texts.Filter()
 
-    def held_out(self) -> str | float:
+    def held_out(self) -> str | float | tuple[str, ...]:
         if self.holdout is not None:
             return self.holdout
         return "persuasion" if self.paths is None else 0.1

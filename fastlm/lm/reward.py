@@ -180,8 +180,17 @@ class RewardReport:
         by = ", ".join(f"{count:,} {kind}" for kind, count in self.origins.items())
         return [
             f"AUC-ROC {self.auc}, pair accuracy {self.accuracy}, "
-            f"calibration error {self.calibration_error:.3f} on {self.pairs:,} pairs ({by})"
+            f"calibration error {self.calibration_error:.3f} on {self.pairs:,} pairs ({by})",
+            f"right when it said so: {'; '.join(map(self._bin, self._upper()))}",
         ]
+
+    def _upper(self) -> list[metrics.Bin]:
+        """The half at and above 1/2; the other one is its mirror image."""
+        return [b for b in self.bins if b.low >= 0.5]
+
+    @staticmethod
+    def _bin(b: metrics.Bin) -> str:
+        return f"{b.observed:.0%} of {b.count} at {b.low:.0%} to {b.high:.0%}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -292,6 +301,11 @@ def save(path: Path, model: RewardModel, tokenizer: Tokenizer, report: RewardRep
     settings = {"class": "RewardModel", **model.settings}
     state = {"config": {"model": settings}, "report": None if report is None else report.to_json()}
     checkpoint.write(path, model.state_dict(), {}, state, tokenizer)
+
+
+def is_reward(saved: checkpoint.Checkpoint) -> bool:
+    model = saved.state.get("config", {}).get("model", {})
+    return isinstance(model, dict) and model.get("class") == "RewardModel"
 
 
 def load(path: Path) -> Judge:

@@ -161,6 +161,38 @@ def human_over_model(
     return found
 
 
+@torch.no_grad()
+def two_each(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    store: TokenStore,
+    *,
+    split: str,
+    count: int,
+    prompt: int = 24,
+    length: int = 40,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[tuple[str, str, str]]:
+    """(context, one text of the model, another one), for somebody to say which is better."""
+    places = contexts(store, split, count, prompt, length, seed)
+    found = []
+    for start in range(0, len(places), ROWS // 2):
+        prompts = [place.prompt for place in places[start : start + ROWS // 2]]
+        made = rollout(
+            model,
+            repeat_each(prompts, 2),
+            length,
+            end=tokenizer.end,
+            seed=seed,
+            step=start * length,
+            temperature=temperature,
+        ).texts(tokenizer)
+        pairs = zip(prompts, made[::2], made[1::2], strict=True)
+        found += [(tokenizer.decode(p.tolist()), a, b) for p, a, b in pairs if a != b]
+    return found
+
+
 def repeat_each(prompts: Sequence[Tensor], times: int) -> Tensor:
     """[len * times, P]: each prompt that often, one after the other."""
     return torch.stack(list(prompts)).repeat_interleave(times, 0)

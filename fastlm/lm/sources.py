@@ -1,4 +1,5 @@
-"""Text in: files, folders, gzip, JSON lines, CSV, HTML and standard input, read once, in pieces.
+"""Text in: files, folders, gzip, JSON lines, CSV, HTML, standard input and collections of the
+package `datasets`, read once, in pieces.
 
 A document reaches the caller as an iterator of pieces, so that its size does not matter: one line
 of a gigabyte is read in constant memory. Only a record of JSON or CSV stands in memory whole.
@@ -18,11 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any, cast
 
+from . import hub
 from .errors import InputError, UsageError
+from .markup import without_tags
 
 FORMATS = ("auto", "text", "html", "jsonl", "csv")
 STDIN = "-"
@@ -47,11 +49,13 @@ Pieces = Iterator[str]
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become text. `column`: the field of JSON and CSV records that holds it."""
+    """How files become text. `column`: the field of records that holds it; `html`: it, and files of
+    text, are HTML."""
 
     format: str = "auto"
     column: str = "text"
     encoding: str = "utf-8"
+    html: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -192,60 +196,6 @@ def _decoded(path: Path, encoding: str, counts: Counter[str]) -> Pieces:
     counts["undecodable bytes"] += bad.count
 
 
-class _Text(HTMLParser):
-    """The visible text of HTML, a line for each block element."""
-
-    HIDDEN = frozenset({"script", "style", "head", "noscript", "template"})
-    BLOCKS = frozenset(
-        "p div br li ul ol tr table h1 h2 h3 h4 h5 h6 pre blockquote section article hr dd dt"
-        " header footer main nav aside figure figcaption td th".split()
-    )
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._out: list[str] = []
-        self._hidden = 0
-        self.tags = 0
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags += 1
-        self._hidden += tag in self.HIDDEN
-        if tag in self.BLOCKS:
-            self._out.append("\n")
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags += 1
-        if tag in self.BLOCKS:
-            self._out.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.HIDDEN:
-            self._hidden = max(0, self._hidden - 1)
-        if tag in self.BLOCKS:
-            self._out.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self._out.append(data)
-
-    def take(self) -> str:
-        text, self._out = "".join(self._out), []
-        return text
-
-
-def without_tags(pieces: Pieces, counts: Counter[str]) -> Pieces:
-    """HTML to text: tags, scripts and styles out, entities to characters."""
-    parser = _Text()
-    for piece in pieces:
-        parser.feed(piece)
-        if text := parser.take():
-            yield text
-    parser.close()
-    if text := parser.take():
-        yield text
-    counts["HTML tags"] += parser.tags
-
-
 def _lines(path: Path, pieces: Pieces) -> Iterator[tuple[int, str]]:
     """Numbered lines, from 1, without their ends."""
     number, rest = 0, ""
@@ -313,23 +263,38 @@ RECORDS: dict[str, Callable[[Path, Pieces, Tally], Iterator[tuple[int, dict[str,
 
 
 def kind_of(path: Path, reading: Reading) -> str:
-    return _KINDS.get(_suffix(path), "text") if reading.format == "auto" else reading.format
+    kind = _KINDS.get(_suffix(path), "text") if reading.format == "auto" else reading.format
+    return "html" if reading.html and kind == "text" else kind
+
+
+def has_records(path: Path, reading: Reading) -> bool:
+    return hub.names(path) or kind_of(path, reading) in RECORDS
+
+
+def objects(path: Path, reading: Reading, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records of one file or collection by line or row number, whatever is in them.
+
+    Raises:
+        InputError: it is no file of records, or unusable.
+    """
+    if hub.names(path):
+        return hub.records(path)
+    kind = kind_of(path, reading)
+    if kind not in RECORDS:
+        raise InputError(f"{path}: records are .jsonl or .csv, or say --format jsonl")
+    return RECORDS[kind](path, _decoded(path, reading.encoding, tally.counts), tally)
 
 
 def records(
     path: Path, reading: Reading, tally: Tally, columns: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Records of one JSON-lines or CSV file that have these columns as text.
+    """Records of one JSON-lines or CSV file or collection that have these columns as text.
 
     Raises:
         InputError: a column is missing, or no line could be used; the message names the first.
     """
-    kind = kind_of(path, reading)
-    if kind not in RECORDS:
-        raise InputError(f"{path}: records are .jsonl or .csv, or say --format jsonl")
     count = 0
-    pieces = _decoded(path, reading.encoding, tally.counts)
-    for number, record in RECORDS[kind](path, pieces, tally):
+    for number, record in objects(path, reading, tally):
         for column in columns:
             if column not in record:
                 raise _no_column(path, number, column, record)
@@ -343,28 +308,47 @@ def records(
         raise InputError(f"{path}: no usable record ({why})")
 
 
+def _documents(
+    path: Path, name: str, reading: Reading, tally: Tally
+) -> Iterator[tuple[str, Pieces]]:
+    if not has_records(path, reading):
+        pieces = _decoded(path, reading.encoding, tally.counts)
+        html = kind_of(path, reading) == "html"
+        yield name, without_tags(pieces, tally.counts) if html else pieces
+        return
+    for number, record in records(path, reading, tally, [reading.column]):
+        pieces = iter((record[reading.column],))
+        html = reading.html
+        yield f"{name}:{number}", without_tags(pieces, tally.counts) if html else pieces
+
+
 def read(
-    paths: Sequence[str | Path], reading: Reading | None = None, tally: Tally | None = None
+    paths: Sequence[str | Path],
+    reading: Reading | None = None,
+    tally: Tally | None = None,
+    unusable: Callable[[str, InputError], None] | None = None,
 ) -> Iterator[tuple[str, Pieces]]:
     """(name, pieces of text) of every document, in order; take all pieces of one before the next.
 
-    A file is a document; in JSON lines and CSV a record is, named FILE:LINE. "-" is standard input.
+    A file is a document; of records each is one, named FILE:LINE. "-" is standard input, hf:NAME a
+    collection of the package `datasets`.
 
     Raises:
-        InputError: a file is missing, damaged, empty or not text; the message names it.
+        InputError: a file is missing, damaged, empty or not text; the message names it. For a file
+            of records with `unusable` this is called instead, and the next file is read; the pieces
+            of any other file raise in the caller's hands, who may go on.
     """
     reading, tally = reading or Reading(), tally or Tally()
     files = _expand(paths)
     if not files:
         raise InputError("no text file given")
     for path, name in zip(files, names(files), strict=True):
-        kind = kind_of(path, reading)
-        if kind in RECORDS:
-            for number, record in records(path, reading, tally, [reading.column]):
-                yield f"{name}:{number}", iter((record[reading.column],))
-            continue
-        pieces = _decoded(path, reading.encoding, tally.counts)
-        yield name, without_tags(pieces, tally.counts) if kind == "html" else pieces
+        try:
+            yield from _documents(path, name, reading, tally)
+        except InputError as error:
+            if unusable is None:
+                raise
+            unusable(name, error)
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
@@ -376,6 +360,10 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     files = _expand(paths)
     if any(str(path) == STDIN for path in files):
         raise UsageError("standard input can be read once only: save it with fastlm data clean")
+    for path in filter(hub.names, files):
+        raise UsageError(
+            f"{path} may change from one reading to the next: save it with fastlm data clean"
+        )
     hasher = hashlib.sha256()
     for path, name in zip(files, names(files), strict=True):
         inner, size = hashlib.sha256(), 0

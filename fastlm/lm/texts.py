@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import duplicates, files, sources
 from .cleaning import Cleaner, Cleaning
@@ -27,10 +27,12 @@ LONGEST_WORD = 1 << 12
 @dataclass(frozen=True)
 class Filter:
     """Which documents are left out. `near`: resemblance from which one repeats another; None: only
-    equal ones. `least`: characters that a document must have."""
+    equal ones. `least`: characters that a document must have. `unusable`: files that are no text
+    are left out too, instead of an error."""
 
     near: float | None = 0.8
     least: int = 1
+    unusable: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,26 +125,23 @@ def build(
     """
     tally, cleaner, keep = sources.Tally(), Cleaner(cleaning), keep or Filter()
     seen, report = duplicates.Seen(keep.near), Report()
+
+    def leave_out(name: str, error: InputError) -> None:
+        report.read += 1
+        report.remove(name, "unusable files", str(error))
+
+    unusable = leave_out if keep.unusable else None
     documents: list[tuple[str, int, int]] = []
     with (folder / TEXT).open("wb") as file:
-        for name, pieces in sources.read(paths, reading, tally):
+        for name, pieces in sources.read(paths, reading, tally, unusable):
             report.read += 1
-            start, characters, visible = file.tell(), 0, False
-            signature = duplicates.Signature(keep.near is not None)
-            for piece in cleaner.pieces(pieces):
-                file.write(piece.encode("utf-8", "replace"))
-                signature.add(piece)
-                characters += len(piece)
-                visible = visible or bool(piece.strip())
-            reason = _reason(characters, visible, keep)
-            if reason is None and (repeat := seen.repeat(name, *signature.finish())):
-                equal = repeat.resemblance == 1.0
-                reason = (
-                    "repeated documents" if equal else "near duplicates",
-                    f"repeats {repeat.of}"
-                    if equal
-                    else f"resembles {repeat.of} ({repeat.resemblance:.0%} of runs of 5 words)",
-                )
+            start = file.tell()
+            try:
+                reason = _write(file, name, cleaner.pieces(pieces), seen, keep)
+            except InputError as error:
+                if unusable is None:
+                    raise
+                reason = "unusable files", str(error)
             if reason is None:
                 documents.append((name, start, file.tell()))
             else:
@@ -160,6 +159,28 @@ def build(
     return TextStore(folder)
 
 
+def _write(
+    file: IO[bytes], name: str, pieces: Iterator[str], seen: duplicates.Seen, keep: Filter
+) -> tuple[str, str] | None:
+    """Write one document; why it is to be left out, if it is."""
+    characters, visible = 0, False
+    signature = duplicates.Signature(keep.near is not None)
+    for piece in pieces:
+        file.write(piece.encode("utf-8", "replace"))
+        signature.add(piece)
+        characters += len(piece)
+        visible = visible or bool(piece.strip())
+    if reason := _reason(characters, visible, keep):
+        return reason
+    repeat = seen.repeat(name, *signature.finish())
+    if repeat is None:
+        return None
+    if repeat.resemblance == 1.0:
+        return "repeated documents", f"repeats {repeat.of}"
+    alike = f"{repeat.resemblance:.0%} of runs of 5 words"
+    return "near duplicates", f"resembles {repeat.of} ({alike})"
+
+
 def _reason(characters: int, visible: bool, keep: Filter) -> tuple[str, str] | None:
     if not visible:
         return "empty documents", "nothing left after cleaning"
@@ -168,23 +189,27 @@ def _reason(characters: int, visible: bool, keep: Filter) -> tuple[str, str] | N
     return None
 
 
-def hold_out(store: TextStore, which: str | float) -> tuple[list[Document], list[Document]]:
-    """Split into (train, held out): one document by name, or the last share of every document.
+def hold_out(
+    store: TextStore, which: str | float | Sequence[str]
+) -> tuple[list[Document], list[Document]]:
+    """Split into (train, held out): documents by name, or the last share of every document.
 
     A share cuts at a line, so that no text is on both sides.
     """
     documents = store.documents
-    if isinstance(which, str):
-        held = [d for d in documents if d.name == which]
-        train = [d for d in documents if d.name != which]
-        if not held:
+    if not isinstance(which, int | float):
+        chosen = {which} if isinstance(which, str) else set(which)
+        held = [d for d in documents if d.name in chosen]
+        train = [d for d in documents if d.name not in chosen]
+        if len(held) < len(chosen):
+            which = min(chosen - set(store.names()))
             few = store.names()[:20]
             more = f" and {len(documents) - 20} more" if len(documents) > 20 else ""
             raise InputError(
                 f"no document named {which!r} to hold out; there are {', '.join(few)}{more}"
             )
         if not train:
-            raise InputError(f"{which!r} is the only document; hold out a share such as 0.1")
+            raise InputError(f"{which!r} is all there is; hold out a share such as 0.1")
         return train, held
     if not 0.0 < which < 1.0:
         raise InputError(f"held-out share must be between 0 and 1, got {which}")
