@@ -21,14 +21,11 @@ MEASURED_STEPS = 5
 def _estimate(recipe: Recipe, data: preparation.Prepared, limit: int | None = None) -> plan.Plan:
     """The plan on this machine; with `limit`, of the model that is chosen for it."""
     train_tokens = data.tokens.totals("train")["tokens"]
-    known = {
-        "rate": machine.gemm_rate(precision=recipe.precision),
-        "process": machine.resident_memory(),
-    }
+    rate, process = machine.gemm_rate(precision=recipe.precision), machine.resident_memory()
     vocab = data.tokens.vocab_size
     if limit is not None:
-        return plan.choose(recipe, vocab, train_tokens, limit=limit, **known)
-    return plan.estimate(recipe, vocab, train_tokens, **known)
+        return plan.choose(recipe, vocab, train_tokens, limit=limit, rate=rate, process=process)
+    return plan.estimate(recipe, vocab, train_tokens, rate=rate, process=process)
 
 
 def measure(recipe: Recipe, data: preparation.Prepared) -> dict[str, float]:
