@@ -54,7 +54,7 @@ print(json.dumps([before, machine.peak_memory(), count]))
 """
 
 
-@pytest.mark.parametrize("settings, exact", [(SIZES[0], True), (SIZES[1], True), (SIZES[1], False)])
+@pytest.mark.parametrize("settings, exact", [(SIZES[0], False), (SIZES[1], True)])
 def test_planned_memory_is_what_training_takes(settings: dict[str, Any], exact: bool) -> None:
     vocab = 2048
     command = [sys.executable, "-c", STEPS, json.dumps(settings), str(vocab)]
@@ -150,7 +150,9 @@ def test_command(
     assert cli.main([*command, "--hidden", "32", "--measure", "--json"]) == errors.OK
     report = json.loads(capsys.readouterr().out)
     assert report["measured"]["tokens_per_second"] > 0
-    assert report["measured"]["peak_memory"] > report["memory"]["weights"]
+    # small, so that most of it is the process: within a quarter all the same
+    measured = report["measured"]["peak_memory"]
+    assert report["memory"]["peak"] == pytest.approx(measured, rel=PEAK)
     assert report["settings"]["hidden"] == 32
 
     tight = ["--hidden", "1024", "--memory", "300MiB"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .config import TrainConfig
 from .kinds import LanguageModel
 
 IGNORED = -100
+Loss = Callable[..., tuple[Tensor, Tensor]]
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:
@@ -39,14 +41,16 @@ def forward(
     targets: Tensor,
     state: Tensor | None,
     config: TrainConfig,
+    *,
+    loss: Loss | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(what training minimises, state)."""
+    """(what training minimises, state); `loss` in place of `model.loss` where that is wrapped."""
     # models of a caller need know of smoothing only when it is on
     options: dict[str, Any] = {}
     if config.label_smoothing:
         options["label_smoothing"] = config.label_smoothing
     with forward_context(tokens.device, config.precision):
-        return model.loss(tokens, targets, state, **options)
+        return (loss or model.loss)(tokens, targets, state, **options)
 
 
 def _carried(model: LanguageModel, state: Tensor) -> Tensor | None:
@@ -60,6 +64,8 @@ def backward(
     targets: Tensor,
     state: Tensor | None,
     config: TrainConfig,
+    *,
+    loss: Loss | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Add the gradient of the batch's mean loss; (that loss, the state to carry), both detached.
 
@@ -68,9 +74,9 @@ def backward(
     leaves its own rows of the state [L, B, H].
     """
     if config.accumulate == 1:
-        loss, after = forward(model, tokens, targets, state, config)
-        loss.backward()
-        return loss.detach(), _carried(model, after)
+        whole, after = forward(model, tokens, targets, state, config, loss=loss)
+        whole.backward()
+        return whole.detach(), _carried(model, after)
     token_parts = tokens.chunk(config.accumulate)
     target_parts = targets.chunk(config.accumulate)
     state_parts: Any = [None] * len(token_parts)
@@ -81,9 +87,9 @@ def backward(
     for part, wanted, before, count in zip(
         token_parts, target_parts, state_parts, kept, strict=True
     ):
-        loss, after = forward(model, part, wanted, before, config)
+        mean, after = forward(model, part, wanted, before, config, loss=loss)
         if count:  # the mean over no target is NaN
-            share = loss * (count / sum(kept))
+            share = mean * (count / sum(kept))
             share.backward()
             total += share.detach()
         if (left := _carried(model, after)) is not None:

@@ -67,7 +67,7 @@ def size(count: float) -> str:
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `activations`: the most that a step holds for its backward, with what is at work then;
-    `process`: what stands in memory without a model."""
+    `process`: what stands in memory without the model."""
 
     weights: int
     gradients: int
