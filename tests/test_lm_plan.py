@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,9 +19,13 @@ from fastlm.lm.options import build_parser
 from fastlm.lm.recipe import Recipe
 
 RATE = 100e9
-# a real peak is within a quarter of the planned one: allocators round, and what is alive when the
-# most is differs with the shape
-TOLERANCE = 0.25
+TENSORS, PEAK = 0.1, 0.25  # how far a plan may be off
+# glibc then gives back what is freed, so that the process holds its tensors and no more
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+SIZES = [
+    {"model": "gru", "hidden": 640, "layers": 2},
+    {"model": "transformer", "hidden": 256, "layers": 4, "batch": 32, "accumulate": 2},
+]
 
 STEPS = """
 import sys, json, torch
@@ -49,22 +54,19 @@ print(json.dumps([before, machine.peak_memory(), count]))
 """
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model": "gru", "hidden": 640, "layers": 2},
-        {"model": "transformer", "hidden": 256, "layers": 4, "batch": 32, "accumulate": 2},
-    ],
-)
-def test_planned_memory_is_what_training_takes(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings, exact", [(SIZES[0], False), (SIZES[1], True)])
+def test_planned_memory_is_what_training_takes(settings: dict[str, Any], exact: bool) -> None:
     vocab = 2048
     command = [sys.executable, "-c", STEPS, json.dumps(settings), str(vocab)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **(EXACT if exact else {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     before, peak, count = json.loads(done.stdout)
     made = plan.estimate(Recipe.of({}, settings), vocab, 1 << 20, rate=RATE, process=before)
     assert made.parameters == count
-    planned = made.memory.peak - before
-    assert planned == pytest.approx(peak - before, rel=TOLERANCE), (planned >> 20, peak >> 20)
+    if exact:
+        assert made.memory.tensors == pytest.approx(peak - before, rel=TENSORS)
+    else:
+        assert made.memory.peak - before == pytest.approx(peak - before, rel=PEAK)
 
 
 @pytest.mark.parametrize("kind", ["gru", "transformer"])
@@ -87,7 +89,9 @@ def test_time_and_budget() -> None:
     }
     flops = KINDS["gru"][0](**recipe.model_arguments(500)).config.flops_per_token()
     speed = made["10s"].tokens_per_second
-    assert speed == pytest.approx(RATE * plan.REACHED["gru"]["float32"] / flops)
+    assert speed == pytest.approx(RATE * plan.REACHED["gru"]["float32"][64] / flops)
+    between = plan.speed(Recipe(hidden=96), flops, RATE) * flops / RATE
+    assert 0.36 < between < 0.51 and plan.speed(Recipe(hidden=8), flops, RATE) == speed
     assert made["100steps"].flops_per_step == flops * 2048
     assert made["100steps"].steps == 100 and made["2epochs"].steps == 20
     assert made["100steps"].seconds == pytest.approx(100 * 2048 / speed)
@@ -146,7 +150,9 @@ def test_command(
     assert cli.main([*command, "--hidden", "32", "--measure", "--json"]) == errors.OK
     report = json.loads(capsys.readouterr().out)
     assert report["measured"]["tokens_per_second"] > 0
-    assert report["measured"]["peak_memory"] > report["memory"]["weights"]
+    # small, so that most of it is the process: within a quarter all the same
+    measured = report["measured"]["peak_memory"]
+    assert report["memory"]["peak"] == pytest.approx(measured, rel=PEAK)
     assert report["settings"]["hidden"] == 32
 
     tight = ["--hidden", "1024", "--memory", "300MiB"]

@@ -86,5 +86,6 @@ def backward(
             share = loss * (count / sum(kept))
             share.backward()
             total += share.detach()
-        states.append(_carried(model, after))
-    return total, torch.cat(states, 1) if model.carries_state else None  # type: ignore[arg-type]
+        if (left := _carried(model, after)) is not None:
+            states.append(left)
+    return total, torch.cat(states, 1) if states else None

@@ -1,9 +1,11 @@
 """What a training run will need, before it starts: parameters, memory, operations, time.
 
 Memory is counted in tensors: weights, gradients, the two moments of AdamW, and what a batch leaves
-for its backward. The last follows from what the ops save; its coefficients were measured (within a
-quarter of the real peak for steps that are not tiny, benchmarks/LOG.md, 2026-11-27). Time is
-operations over the machine's rate of products, times the share of it that training reaches.
+for its backward. The last follows from what the ops save; its coefficients were measured, and for
+steps that are not tiny the sum is within a tenth of what tensors really take. What the allocator
+holds beyond that differs from run to run; with the usual share for it the peak of the process is
+within a quarter (benchmarks/LOG.md, 2026-11-27). Time is operations over the machine's rate of
+products, times the share of it that training reaches.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from .budget import Budget
@@ -23,13 +26,26 @@ from .progress import clock
 from .recipe import Recipe
 
 FLOAT = 4
+# of the activations, what the allocator holds beside them: 11% to 42% with glibc
+ALLOCATOR = 0.25
 LOSS_CHUNK = 10 << 20  # bytes of logits that the fused loss holds at a time, at most
 
-# share of the rate of products that a training step reaches, float32 and bf16 (each of its own
-# rate): AMD EPYC family 26, 2 threads, 2026-11 (benchmarks/LOG.md)
-REACHED = {"gru": {"float32": 0.65, "bf16": 0.45}, "transformer": {"float32": 0.45, "bf16": 0.3}}
-# a model is as large as the budget can give it this many tokens for each parameter
-TOKENS_PER_PARAMETER = 5.0
+# share of the rate of products, each precision of its own, that a training step reaches by width:
+# AMD EPYC family 26, 2 threads, 2026-11 (benchmarks/LOG.md)
+REACHED: dict[str, dict[str, dict[int, float]]] = {
+    "gru": {
+        "float32": {64: 0.36, 128: 0.51, 256: 0.55, 512: 0.65, 1024: 0.78},
+        "bf16": {64: 0.23, 128: 0.35, 256: 0.36, 512: 0.48, 1024: 0.68},
+    },
+    "transformer": {
+        "float32": {64: 0.23, 128: 0.36, 256: 0.48, 512: 0.60},
+        "bf16": {64: 0.13, 128: 0.25, 256: 0.40, 512: 0.51},
+    },
+}
+IN_PARTS = 0.7  # of the speed of the whole batch
+# a model is as large as the budget can give it this many tokens for each parameter: the best of
+# five widths at equal seconds, budgets of 10 and 40 s (benchmarks/LOG.md, 2026-11-27)
+TOKENS_PER_PARAMETER = 4.0
 # a text read more often teaches little: Muennighoff et al. 2023 (arXiv:2305.16264)
 MOST_EPOCHS = 8.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -51,7 +67,7 @@ def size(count: float) -> str:
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `activations`: the most that a step holds for its backward, with what is at work then;
-    `process`: what stands in memory without a model."""
+    `process`: what stands in memory without the model."""
 
     weights: int
     gradients: int
@@ -60,8 +76,16 @@ class Memory:
     process: int
 
     @property
+    def tensors(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def allocator(self) -> int:
+        return int(ALLOCATOR * self.activations)
+
+    @property
     def peak(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+        return self.tensors + self.allocator + self.process
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,8 @@ class Plan:
         yield (
             f"memory: {size(memory.peak)} at the peak: weights {size(memory.weights)}, gradients "
             f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, activations "
-            f"{size(memory.activations)}, process {size(memory.process)}"
+            f"{size(memory.activations)}, allocator {size(memory.allocator)}, process "
+            f"{size(memory.process)}"
         )
         yield (
             f"time: {self.steps:,} steps, {clock(self.seconds)} at about "
@@ -104,7 +129,11 @@ class Plan:
         return {
             "settings": self.recipe.to_json(),
             "parameters": self.parameters,
-            "memory": {**vars(self.memory), "peak": self.memory.peak},
+            "memory": {
+                **vars(self.memory),
+                "allocator": self.memory.allocator,
+                "peak": self.memory.peak,
+            },
             "flops_per_step": self.flops_per_step,
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
@@ -166,6 +195,13 @@ def memory(recipe: Recipe, model: Any, vocab_size: int, process: int) -> Memory:
     )
 
 
+def speed(recipe: Recipe, flops_per_token: float, rate: float) -> float:
+    """Tokens a second to expect; between the measured widths along the logarithm of the width."""
+    table = REACHED[recipe.model][recipe.precision]
+    share = float(np.interp(math.log2(recipe.hidden), np.log2(list(table)), list(table.values())))
+    return rate * share * (IN_PARTS if recipe.accumulate > 1 else 1.0) / flops_per_token
+
+
 def estimate(
     recipe: Recipe, vocab_size: int, train_tokens: int, *, rate: float, process: int = 0
 ) -> Plan:
@@ -177,20 +213,20 @@ def estimate(
     """
     model = blank(recipe, vocab_size)
     tokens = recipe.batch * recipe.seq
-    flops = float(model.config.flops_per_token()) * tokens
-    speed = rate * REACHED[recipe.model][recipe.precision] / model.config.flops_per_token()
+    flops = float(model.config.flops_per_token())
+    pace = speed(recipe, flops, rate)
     budget = Budget.parse(recipe.budget).resolve(max(1, train_tokens // tokens))
-    steps = budget.amount if budget.unit == "steps" else budget.amount * speed / tokens
+    steps = budget.amount if budget.unit == "steps" else budget.amount * pace / tokens
     return Plan(
         recipe=recipe,
         vocab_size=vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
         memory=memory(recipe, model, vocab_size, process),
-        flops_per_step=flops,
+        flops_per_step=flops * tokens,
         tokens_per_step=tokens,
-        tokens_per_second=speed,
+        tokens_per_second=pace,
         steps=max(1, math.floor(steps)),
-        seconds=steps * tokens / speed if budget.unit == "steps" else budget.amount,
+        seconds=steps * tokens / pace if budget.unit == "steps" else budget.amount,
         epochs=steps * tokens / max(1, train_tokens),
     )
 
@@ -223,9 +259,8 @@ def choose(
     """
     best: Plan | None = None
     for chosen in sizes(recipe.model):
-        plan = estimate(
-            replace(recipe, **chosen), vocab_size, train_tokens, rate=rate, process=process
-        )
+        candidate = replace(recipe, **{**recipe.to_json(), **chosen})
+        plan = estimate(candidate, vocab_size, train_tokens, rate=rate, process=process)
         if plan.memory.peak > limit:
             if best is None:
                 raise UsageError(

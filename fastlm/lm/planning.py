@@ -6,6 +6,7 @@ import argparse
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from . import errors, machine, plan, preparation, settings
@@ -18,17 +19,25 @@ PrintJSON = Callable[[Any], None]
 MEASURED_STEPS = 5
 
 
+def process_memory(recipe: Recipe, data: preparation.Prepared) -> int:
+    """Bytes of this process with the code, threads and buffers of training in it, which come with
+    the first step: that of a very small model."""
+    small: dict[str, Any] = {"hidden": 32, "layers": 1, "kv_heads": None, "embedding": None}
+    small |= {"ffn": None, "heads": Recipe.heads, "batch": recipe.accumulate}
+    tiny = replace(recipe, **small)
+    model = tiny.make_model(data.tokens)
+    Trainer(model, data.tokens, data.tokenizer, tiny.train_config()).step()
+    return machine.resident_memory()
+
+
 def _estimate(recipe: Recipe, data: preparation.Prepared, limit: int | None = None) -> plan.Plan:
     """The plan on this machine; with `limit`, of the model that is chosen for it."""
     train_tokens = data.tokens.totals("train")["tokens"]
-    known = {
-        "rate": machine.gemm_rate(precision=recipe.precision),
-        "process": machine.resident_memory(),
-    }
+    rate, process = machine.gemm_rate(precision=recipe.precision), process_memory(recipe, data)
     vocab = data.tokens.vocab_size
     if limit is not None:
-        return plan.choose(recipe, vocab, train_tokens, limit=limit, **known)
-    return plan.estimate(recipe, vocab, train_tokens, **known)
+        return plan.choose(recipe, vocab, train_tokens, limit=limit, rate=rate, process=process)
+    return plan.estimate(recipe, vocab, train_tokens, rate=rate, process=process)
 
 
 def measure(recipe: Recipe, data: preparation.Prepared) -> dict[str, float]:

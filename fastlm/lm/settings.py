@@ -64,7 +64,7 @@ def nearest(key: str) -> str | None:
     known = list(keys())
     same = [name for name in known if name.split(".")[1] == key.rsplit(".", 1)[-1]]
     close = difflib.get_close_matches(key, known, 1, 0.6)
-    return (same or close or [None])[0]
+    return next(iter(same or close), None)
 
 
 def _field(key: str, source: str) -> str:

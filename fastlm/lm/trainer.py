@@ -400,7 +400,8 @@ class Trainer(Callbacks):
         """What the curves say; training text is scored as held-out text is where dropout, smoothing
         or a z-loss makes the training loss another quantity."""
         settings, now = self.model.config, None
-        if settings.dropout or self.config.label_smoothing or getattr(settings, "z_loss", 0.0):
+        other = settings.dropout or self.config.label_smoothing or getattr(settings, "z_loss", 0.0)
+        if other and isinstance(self.store, TokenStore):
             limit = self.config.eval_tokens
             same = sample(
                 self.model, self.store, self.tokenizer, split="train", limit=limit, ranks=self.ranks
