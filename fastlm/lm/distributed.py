@@ -371,7 +371,7 @@ def connected(way: str | None = None) -> Iterator[Ranks]:
         whole = False
         raise OtherRank(
             "another rank ended or cannot be reached; what was saved is whole, the same command "
-            f"goes on from there ({' '.join(str(error).split())[:160]})",
+            f"goes on from there ({' '.join(str(error).split()).split('. ')[0][:160]})",
             lost=True,
         ) from error
     finally:
