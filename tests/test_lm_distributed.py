@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ranks import results_of, run_world
 
 from fastlm.lm import checkpoint, cli, config, data, distributed, preparation, trainer
-from fastlm.lm.errors import TrainingError, UsageError
+from fastlm.lm.errors import OtherRank, TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM
 from fastlm.lm.progress import Reporter
@@ -346,7 +346,7 @@ def one_rank_does_it_first() -> None:
     def fail() -> int:
         raise UsageError("no such text")
 
-    expected = UsageError if group.rank == 0 else distributed.OtherRank
+    expected = UsageError if group.rank == 0 else OtherRank
     with pytest.raises(expected, match="no such text") as caught:
         group.first(fail)
     assert caught.value.exit_code == UsageError.exit_code
@@ -474,7 +474,7 @@ def test_a_killed_rank_ends_the_others(command: list[str]) -> None:
         for rank in ranks:
             rank.kill()
             rank.communicate()
-    assert ranks[0].returncode == distributed.OtherRank.exit_code
+    assert ranks[0].returncode == OtherRank.exit_code, error
     assert error.startswith("fastlm: error: another rank ended"), error
     assert error.count("\n") == 1
     saved = saved_in(Path("run"))

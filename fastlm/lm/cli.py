@@ -246,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except errors.LMError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, errors.OtherRank) and error.lost:
+            os._exit(error.exit_code)  # a group without all its members aborts, or waits for them
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{name}: stopped at once; the last checkpoint is whole", file=sys.stderr)

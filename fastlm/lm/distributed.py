@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpoint, files, sharding
-from .errors import LMError, UsageError
+from .errors import LMError, OtherRank, UsageError
 
 WAYS = ("ddp", "fsdp2")
 IGNORED = -100
@@ -35,14 +35,6 @@ _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 T = TypeVar("T")
-
-
-class OtherRank(LMError):
-    """What another rank could not do; its own message says it in full."""
-
-    def __init__(self, text: str, exit_code: int = LMError.exit_code) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 class Ranks:
@@ -379,18 +371,22 @@ def connected(way: str | None = None) -> Iterator[Ranks]:
         return
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _device(local_rank)
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    whole = True
     try:
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=TIMEOUT)
         yield Group(way or "ddp", device, local_rank)
         dist.barrier()  # torchrun ends all when one has ended badly: not before rank 0 has written
     except RuntimeError as error:
         if not _lost(error):
             raise
+        whole = False
         raise OtherRank(
             "another rank ended or cannot be reached; what was saved is whole, the same command "
-            f"goes on from there ({' '.join(str(error).split())[:160]})"
+            f"goes on from there ({' '.join(str(error).split()).split('. ')[0][:160]})",
+            lost=True,
         ) from error
     finally:
-        if dist.is_initialized():
+        # without all its members it aborts, or waits for them
+        if whole and dist.is_initialized():
             dist.destroy_process_group()

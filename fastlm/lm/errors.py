@@ -37,6 +37,15 @@ class TrainingError(LMError):
     """Training cannot go on: the loss or its gradient is not finite."""
 
 
+class OtherRank(LMError):
+    """Another of several processes could not go on; its own message says why. `lost`: it cannot be
+    reached, and nothing may be asked of the group any more."""
+
+    def __init__(self, text: str, exit_code: int = CRITERION_FAILED, lost: bool = False) -> None:
+        super().__init__(text)
+        self.exit_code, self.lost = exit_code, lost
+
+
 class MissingExtra(UsageError):
     def __init__(self, purpose: str, package: str, extra: str = "lm") -> None:
         super().__init__(f"{purpose} needs the package {package}; pip install 'fastlm[{extra}]'")
