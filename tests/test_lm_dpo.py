@@ -168,10 +168,11 @@ def test_what_is_preferred_is_learned(loss: str, kind: Any) -> None:
 
 def test_reference_is_of_the_start_and_dropout_is_off() -> None:
     run = DPO(make(dropout=0.5), TOKENIZER, some(20), DPOConfig(budget="5steps", batch=4, lr=0.05))
-    again = run._logprobs(range(20))[0]
-    run.fit()
-    assert run.reference is not None and torch.equal(run.reference, again)
-    assert not torch.equal(run._logprobs(range(20))[0], again)
+    before = run._of_start()
+    result = run.fit()
+    assert run.reference is not None and torch.equal(run.reference, before)
+    assert not torch.equal(run._of_start(), before)
+    assert (result.before.margin, result.before.accuracy.value) == (0.0, 0.5)
 
 
 def test_nothing_held_out_is_trained_on() -> None:

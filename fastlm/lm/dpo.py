@@ -189,6 +189,17 @@ class DPO:
         tokens, targets = self.encoded.batch(rows)
         return sequence_logprobs(self.model, tokens.to(device), targets.to(device))
 
+    def _of_start(self) -> Tensor:
+        """What the starting model says of all; held-out ones in the batches of `evaluate`, so that
+        before training the rewards there are exactly zero."""
+        train = range(len(self.encoded.rows) - len(self.held))
+        return torch.cat([self._logprobs(rows)[0] for rows in (train, self.held)])
+
+    def _begin(self) -> None:
+        if self.reference is None:
+            self.reference = self._of_start()
+            self._judge("before")
+
     def _reference_of(self, rows: Sequence[int]) -> Tensor:
         """[2B], as `Encoded.batch` has the texts."""
         assert self.reference is not None
@@ -223,8 +234,7 @@ class DPO:
             TrainingError: the gradient is not finite; nothing has changed.
         """
         started, config = time.perf_counter(), self.config
-        if self.reference is None:
-            self.reference = self._logprobs(range(len(self.encoded.rows)))[0]
+        self._begin()
         share = self.budget.share(self.steps, self.seconds)
         rate = learning_rate(config.lr, share, config.warmup, config.floor)
         for group in self.optimizer.param_groups:
@@ -263,9 +273,7 @@ class DPO:
         stopped = "interrupted"
         try:
             with Interrupt() as interrupt:
-                if self.reference is None:
-                    self.reference = self._logprobs(range(len(self.encoded.rows)))[0]
-                    self._judge("before")
+                self._begin()
                 if self._loop(interrupt):
                     stopped = "budget"
                     if self.judged_at < self.steps:
@@ -296,6 +304,7 @@ class DPO:
             if self.out is not None and time.perf_counter() - saved_at >= self.save_every:
                 self.save()
                 saved_at = time.perf_counter()
+        self.reporter.close()  # the last step is shown before what comes of it
         return True
 
     def _judge(self, when: str) -> None:

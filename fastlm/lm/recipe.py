@@ -99,7 +99,7 @@ class Recipe:
                 raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
         if self.pairs is not None and self.data is not None:
             raise UsageError("--data is for text and --pairs for prompts and targets: one of them")
-        if self.context is not None and self.context < self.seq:
+        if self.pairs is None and self.context is not None and self.context < self.seq:
             raise UsageError(f"context must be at least seq ({self.seq}), got {self.context}")
 
     @classmethod
