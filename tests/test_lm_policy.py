@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastlm
+from fastlm import dispatch
 from fastlm.lm import checkpoint, judging, policy, preferences, reward, rollouts, store
 from fastlm.lm.data import Document
 from fastlm.lm.errors import CheckpointError, InputError, TrainingError, UsageError
@@ -239,11 +240,12 @@ def test_the_text_that_makes_a_reward_raise_is_named() -> None:
     assert judging.judged(lambda p, t: iter([True]), ["p"], ["t"]).tolist() == [1.0]
 
 
+@pytest.mark.parametrize("backend", dispatch.ready("generation"))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("algorithm", policy.ALGORITHMS)
 @pytest.mark.parametrize("make", MODELS)
 def test_the_ratio_of_the_first_update_is_one_without_another_pass(
-    make: Any, algorithm: str, temperature: float, tokens: store.TokenStore,
+    make: Any, algorithm: str, temperature: float, backend: str, tokens: store.TokenStore,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """To the bit, against the pass that is left out; and it is left out."""
@@ -282,11 +284,13 @@ def test_the_ratio_of_the_first_update_is_one_without_another_pass(
     monkeypatch.setattr(fastlm, "policy_loss", checked)
     monkeypatch.setattr(rollouts, "logprobs_of", watched)
     monkeypatch.setattr(rollouts, "rollout", kept)
-    run.fit()
+    with fastlm.use_backend(backend):
+        run.fit()
     assert ratios == ([True, False] if updates == 2 else [True]) * 2
     # of the reference, and of the second update; a Transformer's rollout has that of its gradient
     own = [run.model] * (updates - 1)
     forward = [run.model] if make is transformer else []
+    assert ("a pass over" in policy.passes_of(run.model)) == bool(forward)
     assert passes == ["rollout", *forward, run.reference, *own] * 2
 
 

@@ -192,6 +192,7 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
             raise errors.UsageError(f"{args.out}: has checkpoints; choose another --out")
         run.resume(saved, allow=("budget",))
         reporter.line(f"resumed from {saved.path}")
+    reporter.line(policy.passes_of(model))
     before = compare(run.reference, tokenizer, prepared, judges)
     result = run.fit()
     if result.stopped == "interrupted":

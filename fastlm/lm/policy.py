@@ -127,6 +127,13 @@ def advantages_of(config: PolicyConfig, rewards: Tensor) -> Tensor:
     return fastlm.group_advantages(rewards, group_size=len(rewards))
 
 
+def passes_of(model: LanguageModel) -> str:
+    """Which forward the log-probs of an iteration come from, for whoever reads its lines."""
+    if model.carries_state:
+        return "log-probs: kept with their gradient while the texts are written; no other pass"
+    return "log-probs: a pass over the texts, whose gradient is taken; no other for the old ones"
+
+
 class PolicyGradient:
     """Fine-tune `model` in place, from contexts of the store's "train" split.
 
