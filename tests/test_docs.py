@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -12,22 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from pages import ROOT, is_test, story
 
 import fastlm
 import fastlm.compat
 import fastlm.lm
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+SYSTEM = ROOT / "docs" / "system.md"  # of commands, where the others are of functions
+PAGES = sorted({*(ROOT / "docs").glob("*.md")} - {SYSTEM})
 ROOTS = {"fastlm": fastlm, "nn": fastlm.nn, "torch": torch, "F": torch.nn.functional}
-
-
-@cache
-def functions_of(path: Path) -> set[str]:
-    if not path.is_file():
-        return set()
-    body = ast.parse(path.read_text("utf-8")).body
-    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
 @cache
@@ -83,8 +77,7 @@ def complaints_of_code(text: str, every_name: bool = True) -> Iterator[str]:
 
 
 def complaints_of_test(reference: str) -> Iterator[str]:
-    path, _, name = reference.partition("::")
-    if name not in functions_of(ROOT / path):
+    if not is_test(reference):
         yield f"{reference} does not exist"
 
 
@@ -193,3 +186,68 @@ def test_right_names_are_not_complained_about() -> None:
     loss = fastlm.linear_cross_entropy(hidden, part, target, group=group)
     """
     assert complaints(right) == []
+
+
+def in_the_system(dotted: str) -> bool:
+    """Whether fastlm.lm.MODULE.NAME, or the like, is there."""
+    for cut in range(dotted.count(".") + 1, 0, -1):
+        parts = dotted.split(".")
+        try:
+            value: Any = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for name in parts[cut:]:
+            value = getattr(value, name, None)
+        return value is not None
+    return False
+
+
+def unshown(page: str, commands: set[str]) -> list[str]:
+    """Rows of requirements that show neither a test that exists nor a command that is run, and what
+    they name that is not there."""
+    found, ids = [], []
+    for heading in ("## What was asked: a GRU", "## What was asked: a Transformer"):
+        for name, cells in rows_of(page, heading).items():
+            if not re.fullmatch(r"[AB]\d+", name):
+                continue
+            ids.append(name)
+            spans = re.findall(r"`([^`]+)`", cells[-1])
+            tests = [span for span in spans if span.startswith("tests/")]
+            shown = [span for span in spans if span.startswith(("fastlm ", "make "))]
+            found += [f"{name}: {test} does not exist" for test in tests if not is_test(test)]
+            for span in shown:
+                if not any(command.startswith(span) for command in commands):
+                    found.append(f"{name}: no page shows {span}")
+            if not tests and not shown:
+                found.append(f"{name}: nothing shows it")
+    wanted = [f"A{i}" for i in range(1, 18)] + [f"B{i}" for i in range(1, 14)]
+    return found + [f"{name}: no row" for name in wanted if name not in ids]
+
+
+def test_the_system_has_a_page_with_its_requirements() -> None:
+    page = SYSTEM.read_text("utf-8")
+    commands = {c.command for c in story()}
+    assert unshown(page, commands) == []
+    for dotted in set(re.findall(r"\bfastlm(?:\.\w+)+", page)):
+        assert in_the_system(dotted), dotted
+    for reference in set(re.findall(r"tests/[\w./]+\w(?:::\w+)?", page)):
+        assert is_test(reference) or (ROOT / reference).is_file(), reference
+    for span in re.findall(r"`(fastlm [^`]+)`", page):
+        assert any(command.startswith(span) for command in commands), span
+
+
+def test_a_requirement_that_nothing_shows_is_seen() -> None:
+    page = (
+        "## What was asked: a GRU\n\n| A1 | x | `tests/test_docs.py::test_none` |\n"
+        "| A2 | x | `fastlm fly` |\n| A3 | x | promised |\n"
+        "| A4 | x | `tests/test_docs.py::test_right_names_are_not_complained_about` |\n"
+        "| A5 | x | `fastlm data` |\n"
+    )
+    found = unshown(page, {"fastlm data clean"})
+    assert found[:3] == [
+        "A1: tests/test_docs.py::test_none does not exist",
+        "A2: no page shows fastlm fly",
+        "A3: nothing shows it",
+    ]
+    assert found[3:5] == ["A6: no row", "A7: no row"] and len(found) == 3 + 30 - 5
+    assert in_the_system("fastlm.lm.folds.variant") and not in_the_system("fastlm.lm.folds.none")

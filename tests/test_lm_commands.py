@@ -246,3 +246,5 @@ def test_a_person_judges_two_texts_of_the_model(
     capsys.readouterr()
     found = said(capsys, "prefs", "check", answers)
     assert found == {"preferences": 3, "by": {"human": 3}}
+    assert cli.main([*arguments, "--prompt-tokens", "0"]) == 2
+    assert "--prompt-tokens must be at least 1, got 0" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm.lm import evaluation, measuring, metrics, rollouts, store
+from fastlm.lm import evaluation, measuring, metrics, preparation, rollouts, store
 from fastlm.lm.data import Document
 from fastlm.lm.model import GRULM, PlainGRULM
 from fastlm.lm.tokenizer import ByteTokenizer
@@ -91,3 +91,14 @@ def test_a_store_larger_than_memory_is_read(tmp_path: Path) -> None:
     loaded = store.LoadedLanes(store.Lanes(ids, [(0, count)], batch=2, length=9), 2)
     for _ in range(3):
         assert loaded.next()[0].shape == (2, 9)
+
+
+def test_many_documents_take_few_lines(tmp_path: Path) -> None:
+    scores = {f"d{i}": evaluation.Score(1.0, 2.0, 3, 4) for i in range(60)}
+    lines = measuring.table(scores)
+    assert len(lines) == 1 + 50 + 2 and lines[51] == "and 10 more, all of them in --json"
+    assert lines[52].split() == ["all", "2.000", "2.7", "1.000", "180"]
+    assert len(measuring.table({"d": scores["d0"]})) == 2
+    store.write(tmp_path, ByteTokenizer(), {"train": [Document(n, "text") for n in scores]})
+    prepared = preparation.Prepared(store.TokenStore(tmp_path), ByteTokenizer(), False)
+    assert "(d0, d1, d2, d3, d4, d5, d6, d7 and 52 more)" in preparation.describe(prepared)[1]

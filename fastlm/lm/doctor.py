@@ -15,7 +15,9 @@ from fastlm import extension
 
 from . import files, machine
 
-EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "triton")
+EXTRAS = (
+    "tokenizers safetensors rich ftfy matplotlib scikit-learn rouge-score datasets triton".split()
+)
 
 
 def _version(package: str) -> str:

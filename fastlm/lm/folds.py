@@ -100,7 +100,8 @@ def kept_documents(config: preparation.DataConfig) -> list[texts.Document]:
 
 def train_one(recipe: Recipe, held: Sequence[str]) -> dict[str, Any]:
     """Train without these documents, the tokenizer too, and score them."""
-    prepared = preparation.prepare(replace(recipe.data_config(), holdout=tuple(held)))
+    which = held[0] if len(held) == 1 else tuple(held)  # one name is the cache key of training too
+    prepared = preparation.prepare(replace(recipe.data_config(), holdout=which))
     run = Trainer(
         recipe.make_model(prepared.tokens),
         prepared.tokens,

@@ -96,6 +96,10 @@ def open_model(
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    for name in ("count", "prompt_tokens", "tokens"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise errors.UsageError(f"--{option} must be at least 1, got {getattr(args, name)}")
     return {
         "split": args.split,
         "count": args.count,

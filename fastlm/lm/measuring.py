@@ -32,6 +32,7 @@ from .tokenizer import Tokenizer
 
 PrintJSON = Callable[[Any], None]
 TEXT = 40  # tokens of a sample
+LISTED = 50  # documents in a table
 
 
 @contextmanager
@@ -45,16 +46,21 @@ def _store_of(paths: list[str], tokenizer: Tokenizer) -> Iterator[stores.TokenSt
 
 def table(scores: dict[str, Score]) -> list[str]:
     """Documents below each other, then all of them."""
-    width = max(len("document"), *map(len, scores))
-    lines = [f"{'document':<{width}}  bits/byte  perplexity  nats/token      tokens"]
-    rows = [*scores.items()]
-    if len(rows) > 1:
-        rows.append(("all", total(scores)))
-    for name, score in rows:
-        lines.append(
+    shown = list(scores)[:LISTED]
+    width = max(len("document"), *map(len, shown))
+
+    def row(name: str, score: Score) -> str:
+        return (
             f"{name:<{width}}  {score.bits_per_byte:9.3f}  {score.perplexity:10.1f}  "
             f"{score.nats_per_token:10.3f}  {score.tokens:10,}"
         )
+
+    lines = [f"{'document':<{width}}  bits/byte  perplexity  nats/token      tokens"]
+    lines += [row(name, scores[name]) for name in shown]
+    if len(shown) < len(scores):
+        lines.append(f"and {len(scores) - len(shown):,} more, all of them in --json")
+    if len(scores) > 1:
+        lines.append(row("all", total(scores)))
     return lines
 
 

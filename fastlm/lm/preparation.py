@@ -12,6 +12,7 @@ from .errors import InputError, MissingExtra
 
 # part of the cache key: change it when the same input gives other tokens
 VERSION = 2
+NAMED = 8  # documents on a line
 
 
 def held_out_of(text: str | None) -> str | float | None:
@@ -147,6 +148,12 @@ def encode(
     return chosen
 
 
+def listed(names: list[str]) -> str:
+    """A line's worth of them."""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
 def describe(prepared: Prepared) -> list[str]:
     """What was removed, how many tokens, and how they are split: lines for people."""
     tokens = prepared.tokens
@@ -154,7 +161,7 @@ def describe(prepared: Prepared) -> list[str]:
     lines = [f"cleaned: {removed or 'nothing to change'}"]
     for split, title in (("train", "train"), ("held", "held out")):
         totals = tokens.totals(split)
-        names = ", ".join(entry.name for entry in tokens.split(split))
+        names = listed([entry.name for entry in tokens.split(split)])
         per_token = totals["characters"] / max(1, totals["tokens"])
         lines.append(
             f"{title}: {totals['tokens']:,} tokens, {per_token:.2f} characters each ({names})"
