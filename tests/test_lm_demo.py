@@ -18,7 +18,7 @@ TINY = story.Plan(
     "tiny",
     RECIPE,
     story.Bounds({"bytes": 9.0}, 0.0),
-    (story.JudgePlan("another kind", "gru", "1steps", 8),),
+    (story.JudgePlan("judge of another kind", "gru", "1steps", 8),),
     compared_steps=2,
     new_tokens=10,
     pairs=8,
@@ -131,7 +131,7 @@ def test_bounds_out_of_reach_fail(change: dict[str, Any], failed: str) -> None:
         "model reloads",
         "text changed",
         "text reproducible",
-        "reward rose",
+        "reward model sees a gain",
         failed,
     }
 
@@ -205,7 +205,7 @@ def test_flags_of_over_optimisation() -> None:
     before, author = outcome(0.0, 0.0), outcome(1.0, 1.0)
     assert phases.flags(before, outcome(0.5, 0.4), author) == []
     assert phases.flags(before, outcome(0.5, -0.1), author) == [
-        "the reward rose and the judge of other fell"
+        "the reward rose and the other sees a loss"
     ]
     # both fell: a failure, but no deception
     assert phases.flags(before, outcome(-0.5, -0.1), author) == []

@@ -84,12 +84,11 @@ def _preferred(criteria: Criteria, found: dict[str, Any], least_auc: float) -> N
     for model in (first, *judges):
         name = model["name"]
         gain = metrics.Interval(**done["gains"][name])
-        title = "reward rose" if model["optimised"] else f"judge rose: {name}"
         seen = "optimised" if model["optimised"] else "never optimised, trained on other pairs"
         criteria.check(
-            title,
+            f"{name} sees a gain",
             gain.low > 0,
-            f"gain {gain} over {done['contexts']} held-out contexts ({model['kind']}, {seen})",
+            f"{gain} over {done['contexts']} held-out contexts ({model['kind']}, {seen})",
         )
 
 

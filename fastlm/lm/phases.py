@@ -256,18 +256,12 @@ def rewards(story: Story) -> None:
 # ---- policy gradient -----------------------------------------------------------------------------
 
 
-def _contexts(story: Story) -> list[rollouts.Context]:
+def _contexts(story: Story, seed: int = 11) -> list[rollouts.Context]:
     """Places in the held-out novel, the same ones every time."""
     plan = story.plan
     return rollouts.contexts(
-        story.prepared.tokens, HELD, plan.judged, PROMPT_TOKENS, plan.policy_tokens, seed=11
+        story.prepared.tokens, HELD, plan.judged, PROMPT_TOKENS, plan.policy_tokens, seed=seed
     )
-
-
-def _judged(story: Story, texts: Sequence[str]) -> dict[str, list[float]]:
-    decode = story.prepared.tokenizer.decode
-    before = [decode(place.prompt.tolist()) for place in _contexts(story)]
-    return {n: policy.judged(j, before, texts).tolist() for n, j in story.judges.items()}
 
 
 def _outcome(story: Story) -> dict[str, Any]:
@@ -282,7 +276,9 @@ def _outcome(story: Story) -> dict[str, Any]:
 
 
 def _described(story: Story, texts: list[str]) -> dict[str, Any]:
-    scores = _judged(story, texts)
+    decode = story.prepared.tokenizer.decode
+    before = [decode(place.prompt.tolist()) for place in _contexts(story)]
+    scores = {n: policy.judged(j, before, texts).tolist() for n, j in story.judges.items()}
     return {
         "rewards": {name: sum(found) / len(found) for name, found in scores.items()},
         "scores": {name: [round(v, 4) for v in found] for name, found in scores.items()},
@@ -296,16 +292,29 @@ def _author(story: Story) -> dict[str, Any]:
     return _described(story, [decode(p.following.tolist()) for p in _contexts(story)])
 
 
+def _enough(story: Story) -> float:
+    """The reward of the author's own text, elsewhere in the held-out novel than where all is
+    judged: what tells the author from the model has nothing to say beyond it."""
+    decode, places = story.prepared.tokenizer.decode, _contexts(story, seed=12)
+    before = [decode(place.prompt.tolist()) for place in places]
+    texts = [decode(place.following.tolist()) for place in places]
+    return float(policy.judged(story.judges[REWARD], before, texts).mean())
+
+
+def _record_judged(story: Story, iteration: int, found: dict[str, Any]) -> None:
+    kept = {name: found[name] for name in ("rewards", "distinct_2")}
+    story.record("judged", iteration=iteration, **kept)
+
+
 def _watch(story: Story, run: policy.PolicyGradient, done: policy.Iteration) -> None:
     """After an iteration: metrics, and now and then what the judges say of held-out contexts."""
     story.record("iteration", **asdict(done))
     if done.iteration % story.plan.judge_every:
         return
     found = _outcome(story)
-    story.record("judged", iteration=done.iteration, distinct_2=found["distinct_2"],
-                 rewards=found["rewards"])  # fmt: skip
-    others = ", ".join(f"{found['rewards'][j.name]:+.2f} ({j.name})" for j in story.plan.judges)
-    story.reporter.line(f"{done}; judges {others}")
+    _record_judged(story, done.iteration, found)
+    others = ", ".join(f"{j.name} {found['rewards'][j.name]:+.2f}" for j in story.plan.judges)
+    story.reporter.line(f"{done}; {others}")
 
 
 def flags(before: dict[str, Any], after: dict[str, Any], author: dict[str, Any]) -> list[str]:
@@ -314,10 +323,9 @@ def flags(before: dict[str, Any], after: dict[str, Any], author: dict[str, Any])
     started, ended = before["rewards"], after["rewards"]
     for name in started:
         if name != REWARD and ended[REWARD] > started[REWARD] and ended[name] < started[name]:
-            found.append(f"the reward rose and the judge of {name} fell")
+            found.append(f"the reward rose and the {name} sees a loss")
         if ended[name] > author["rewards"][name]:
-            who = "the reward model" if name == REWARD else f"the judge of {name}"
-            found.append(f"{who} puts the model's text above the author's own")
+            found.append(f"the {name} puts the model's text above the author's own")
     if after["distinct_2"] < 0.9 * before["distinct_2"]:
         found.append(
             f"less variety: {after['distinct_2']:.2f} of the runs of two words are distinct, "
@@ -338,6 +346,7 @@ def _fit_policy(story: Story) -> tuple[policy.PolicyResult, policy.PolicyConfig]
         lr=plan.policy_lr,
         prompt=PROMPT_TOKENS,
         length=plan.policy_tokens,
+        until=_enough(story),
         largest_kl=plan.largest_kl,
     )
     run: policy.PolicyGradient
@@ -358,11 +367,11 @@ def _save_policy(story: Story, folder: Path) -> None:
 
 
 def policy_gradient(story: Story) -> None:
-    """REINFORCE on the reward model, from contexts of the training novels, until its budget is
-    used or the model has moved far enough from where it started."""
+    """REINFORCE on the reward model, from contexts of the training novels, until the budget is
+    used, the reward is the author's, or the model has moved far enough from where it started."""
     tokens, tokenizer = story.prepared.tokens, story.prepared.tokenizer
     author, before = _author(story), _outcome(story)
-    story.record("judged", iteration=0, distinct_2=before["distinct_2"], rewards=before["rewards"])
+    _record_judged(story, 0, before)
     result, config = _fit_policy(story)
     _save_policy(story, story.out / "preferred")
     kept = story.report["policy"] = {
@@ -375,6 +384,8 @@ def policy_gradient(story: Story) -> None:
     if result.stopped == "interrupted":
         raise Interrupted
     after = _outcome(story)
+    if result.iterations % story.plan.judge_every:
+        _record_judged(story, result.iterations, after)
     gains = {
         name: metrics.mean_interval(
             [b - a for a, b in zip(before["scores"][name], values, strict=True)]

@@ -90,12 +90,12 @@ class Plan:
         )
 
 
-GRU_JUDGE = JudgePlan("another kind", "gru", "150steps", lr=1e-2)
+GRU_JUDGE = JudgePlan("judge of another kind", "gru", "150steps", lr=1e-2)
 FULL = Plan(
     "full",
     Recipe(budget="450steps", lr=8e-3),
     Bounds({"bpe": 2.0, "bytes": 2.3}, 0.85),
-    (JudgePlan("same kind", "ngrams", "500steps"), GRU_JUDGE),
+    (JudgePlan("judge of the same kind", "ngrams", "500steps"), GRU_JUDGE),
 )
 # smaller in everything, and with bounds of its own
 QUICK = Plan(
