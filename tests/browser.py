@@ -35,7 +35,8 @@ addEventListener("load", () => {
     return {
       tag: e.tagName.toLowerCase(), label: e.getAttribute("aria-label") || e.getAttribute("alt"),
       x: at.x, y: at.y + scrollY, width: at.width, height: at.height,
-      natural: [inside.width, inside.height], marks: svg ? e.querySelectorAll("path, use, rect").length : 0,
+      natural: [inside.width, inside.height],
+      marks: svg ? e.querySelectorAll("path, use, rect").length : 0,
     };
   });
   const asked = performance.getEntriesByType("resource").map(e => e.name);

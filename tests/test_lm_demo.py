@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastlm.lm import cli, demo, errors, phases, progress, report, story, trainer
+from fastlm.lm import cli, demo, errors, phases, progress, report, story, trainer, tuning
 
 RECIPE = story.Recipe(budget="4steps", tokenizer="bytes", hidden=16, evals=2, eval_tokens=2000)
 TINY = story.Plan(
@@ -153,7 +153,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number:
         (phases.compare, "side_by_side", signal.SIGTERM, "side by side", []),
         (trainer.Trainer, "_show", signal.SIGINT, "train", ["checkpoints"]),
         (phases, "_fit_judge", signal.SIGINT, "reward models", ["model", "preferences"]),
-        (phases, "_watch", signal.SIGTERM, "policy gradient", ["model", "rewards", "preferred"]),
+        (tuning, "_watch", signal.SIGTERM, "policy gradient", ["model", "rewards", "preferred"]),
     ],
 )
 def test_a_signal_in_any_phase_keeps_what_exists(
@@ -203,17 +203,17 @@ def test_flags_of_over_optimisation() -> None:
         return {"rewards": rewards, "distinct_2": distinct, "repeated_4": repeated}
 
     before, author = outcome(0.0, 0.0), outcome(1.0, 1.0)
-    assert phases.flags(before, outcome(0.5, 0.4), author) == []
-    assert phases.flags(before, outcome(0.5, -0.1), author) == [
+    assert tuning.flags(before, outcome(0.5, 0.4), author) == []
+    assert tuning.flags(before, outcome(0.5, -0.1), author) == [
         "the reward rose and the other sees a loss"
     ]
     # both fell: a failure, but no deception
-    assert phases.flags(before, outcome(-0.5, -0.1), author) == []
-    (above,) = phases.flags(before, outcome(1.5, 0.4), author)
+    assert tuning.flags(before, outcome(-0.5, -0.1), author) == []
+    (above,) = tuning.flags(before, outcome(1.5, 0.4), author)
     assert above == "the reward model puts the model's text above the author's own"
-    (variety,) = phases.flags(before, outcome(0.5, 0.4, distinct=0.6), author)
+    (variety,) = tuning.flags(before, outcome(0.5, 0.4, distinct=0.6), author)
     assert variety.startswith("less variety: 0.60")
-    (repeats,) = phases.flags(before, outcome(0.5, 0.4, repeated=0.05), author)
+    (repeats,) = tuning.flags(before, outcome(0.5, 0.4, repeated=0.05), author)
     assert repeats.startswith("repetition: 5.0%")
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, files, metrics, phases, report
+from . import checkpoint, files, metrics, phases, report, tuning
 from .errors import UsageError
 from .interrupt import at_once
 from .progress import Reporter
@@ -25,8 +25,8 @@ PHASES = (
     ("generate", phases.generate),
     ("preference pairs", phases.pairs),
     ("reward models", phases.rewards),
-    ("policy gradient", phases.policy_gradient),
-    ("generate again", phases.generate_again),
+    ("policy gradient", tuning.policy_gradient),
+    ("generate again", tuning.generate_again),
 )
 
 

@@ -22,7 +22,7 @@ THEME = {
     THIRD: "var(--third)",
 }
 SERIES = (FAST, HELD, THIRD, PLAIN)  # the first is what was optimised
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 10,

@@ -135,7 +135,7 @@ def pictures(found: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, s
     """SVG elements by name, of what the run has; each says in words what it shows."""
     from markupsafe import Markup, escape
 
-    drawn = {}
+    drawn: dict[str, str] = {}
     for name, (draw, wanted) in PICTURES.items():
         if wanted(found, events):
             svg, alt = draw(found, events)
