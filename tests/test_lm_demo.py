@@ -193,6 +193,10 @@ def test_a_budget_in_seconds_is_shared_out() -> None:
     assert only == replace(
         story.FULL, name=only.name, recipe=replace(story.FULL.recipe, budget="2000steps")
     )
+    # what a short run must reach is little, and said
+    assert story.FULL.within("20steps").bounds == story.Bounds({}, story.FULL.bounds.auc)
+    assert story.FULL.within("30s").bounds == story.Bounds({}, story.QUICK.bounds.auc)
+    assert plan.bounds == story.FULL.bounds
     with pytest.raises(errors.UsageError, match="at least 10s"):
         story.FULL.within("3s")
 

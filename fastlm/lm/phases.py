@@ -114,7 +114,7 @@ def train(story: Story) -> None:
     story.report["training"] = kept = {
         "parameters": parameters,
         "budget": recipe.budget,
-        "bound": story.plan.bounds.bits.get(prepared.tokenizer.kind),
+        "bound": story.plan.bounds.bits.get(prepared.tokenizer.kind, untrained.bits_per_byte),
         "untrained": untrained.to_json(),
     }
     result = run.fit()

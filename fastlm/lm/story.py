@@ -21,10 +21,13 @@ from .reward import Judge
 from .trainer import Trainer
 
 
+SHORT = 60.0  # seconds, of all phases, below which a budget asks for little
+
+
 @dataclass(frozen=True)
 class Bounds:
-    """What a run must reach. `bits`: held-out bits per byte by kind of tokenizer. `auc`: of the
-    reward model on the held-out novel."""
+    """What a run must reach. `bits`: held-out bits per byte by kind of tokenizer, else those of the
+    untrained model. `auc`: of the reward model on the held-out novel."""
 
     bits: dict[str, float]
     auc: float
@@ -69,10 +72,16 @@ class Plan:
 
     def within(self, text: str) -> Plan:
         """The phases for a budget: seconds are shared out, steps and epochs are of the training
-        alone."""
+        alone. A shorter training than the plan's must beat its own start and nothing else."""
         budget = Budget.parse(text)
         if budget.unit != "seconds":
-            return replace(self, name=f"--budget {text}", recipe=replace(self.recipe, budget=text))
+            least = {"steps": Budget.parse(self.recipe.budget).amount, "epochs": 1.0}[budget.unit]
+            return replace(
+                self,
+                name=f"--budget {text}",
+                recipe=replace(self.recipe, budget=text),
+                bounds=self.bounds if budget.amount >= least else replace(self.bounds, bits={}),
+            )
         if budget.amount < 10:
             raise UsageError(f"--budget must be at least 10s for all phases, got {text}")
 
@@ -82,6 +91,7 @@ class Plan:
         return replace(
             self,
             name=f"--budget {text}",
+            bounds=self.bounds if budget.amount >= SHORT else Bounds({}, QUICK.bounds.auc),
             recipe=replace(self.recipe, budget=part(0.45)),
             judges=tuple(replace(judge, budget=part(0.08)) for judge in self.judges),
             pair_seconds=0.08 * budget.amount,
