@@ -20,7 +20,6 @@ from .recipe import Recipe
 from .reward import Judge
 from .trainer import Trainer
 
-
 SHORT = 60.0  # seconds, of all phases, below which a budget asks for little
 
 
