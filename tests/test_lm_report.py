@@ -23,7 +23,9 @@ CHARTS = ("comparison", "learning", "roc", "calibration", "policy", "distributio
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `fastlm demo --quick`, whose criteria must hold."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    assert cli.main(["demo", "--quick", "--quiet", "--out", str(out)]) == errors.OK
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        assert cli.main(["demo", "--quick", "--quiet", "--out", str(out)]) == errors.OK
     return out
 
 

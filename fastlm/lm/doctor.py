@@ -15,7 +15,15 @@ from fastlm import extension
 
 from . import files, machine
 
-EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "triton")
+EXTRAS = (
+    "tokenizers",
+    "safetensors",
+    "rich",
+    "scikit-learn",
+    "jinja2",
+    "matplotlib",
+    "triton",
+)
 
 
 def _version(package: str) -> str:

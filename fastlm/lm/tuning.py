@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, evaluation, metrics, policy, rollouts
+from . import checkpoint, evaluation, learning, metrics, policy, rollouts
 from .phases import HELD, PROMPT_TOKENS, REWARD, Interrupted, show_texts, texts_of
 from .story import Story
 
@@ -78,11 +78,14 @@ def _watch(story: Story, run: policy.PolicyGradient, done: policy.Iteration) -> 
 def flags(before: dict[str, Any], after: dict[str, Any], author: dict[str, Any]) -> list[str]:
     """Signs that the reward is being deceived rather than earned, in words."""
     found = []
-    started, ended = before["rewards"], after["rewards"]
-    for name in started:
-        if name != REWARD and ended[REWARD] > started[REWARD] and ended[name] < started[name]:
+    for name, ended in after["rewards"].items():
+        asked = [
+            {"reward": outcome["rewards"][REWARD], "judge": outcome["rewards"][name]}
+            for outcome in (before, after)
+        ]
+        if learning.over_optimised(*asked):
             found.append(f"the reward rose and the {name} sees a loss")
-        if ended[name] > author["rewards"][name]:
+        if ended > author["rewards"][name]:
             found.append(f"the {name} puts the model's text above the author's own")
     if after["distinct_2"] < 0.9 * before["distinct_2"]:
         found.append(
