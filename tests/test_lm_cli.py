@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fastlm.lm import checkpoint, cli, data, demo, errors
+from fastlm.lm import checkpoint, cli, data, errors
 
 TINY = ["--tokenizer", "bytes", "--hidden", "16", "--batch", "4", "--seq", "16", "--evals", "2"]
 
@@ -227,31 +227,6 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert {"embedding_gru", "linear_cross_entropy", "sample"} <= report["ops"].keys()
     assert not [name for name, op in report["ops"].items() if "error" in op]
-
-
-def test_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("x")
-    assert cli.main(["demo", "--out", str(tmp_path)]) == errors.USAGE
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_demo_reports_every_criterion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = demo.Recipe(budget="4steps", tokenizer="bytes", hidden=16, evals=2, eval_tokens=2000)
-    monkeypatch.setattr(demo, "QUICK", demo.Plan(recipe, 2, 10))
-    out = tmp_path / "runs"
-    for _ in range(2):  # a second run empties its own folder
-        assert cli.main(["demo", "--quick", "--out", str(out), "--json"]) == errors.OK
-        report = json.loads(capsys.readouterr().out)
-    assert report["passed"] and len(report["criteria"]) == 5
-    assert json.loads((out / "report.json").read_text())["training"]["steps"] == 4
-    assert cli.main(["generate", str(out), "--max-new-tokens", "5"]) == errors.OK
-
-    # a bound that is out of reach fails the run
-    monkeypatch.setattr(demo, "BOUNDS", {"bytes": {1: 0.1}})
-    assert cli.main(["demo", "--quick", "--out", str(out)]) == errors.CRITERION_FAILED
-    assert "FAIL  learned" in capsys.readouterr().out
 
 
 def test_bench_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

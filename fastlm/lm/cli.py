@@ -45,11 +45,14 @@ def _demo(args: argparse.Namespace) -> int:
     passed, report = demo.run(
         quick=args.quick, budget=args.budget, out=args.out, reporter=_reporter(args)
     )
-    if report.get("interrupted"):
-        print(f"interrupted and saved; resume with: {_resume_command(args.out)}", file=sys.stderr)
-        return errors.INTERRUPTED
     if args.json:
         _print_json(report)
+    if phase := report.get("interrupted"):
+        print(f"interrupted in {phase!r}; what exists is in {args.out}", file=sys.stderr)
+        if phase == "train":
+            command = _resume_command(args.out)
+            print(f"the training alone goes on with: {command}", file=sys.stderr)
+        return errors.INTERRUPTED
     return errors.OK if passed else errors.CRITERION_FAILED
 
 
@@ -195,6 +198,12 @@ def _measure(args: argparse.Namespace) -> int:
     return measuring.COMMANDS[args.command](args, _reporter(args), _print_json)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from . import report
+
+    return report.command(args, _reporter(args), _print_json)
+
+
 _COMMANDS = {
     "demo": _demo,
     "train": _train,
@@ -208,6 +217,7 @@ _COMMANDS = {
     "eval": _measure,
     "cv": _measure,
     "summarize": _measure,
+    "report": _report,
     "doctor": _doctor,
 }
 

@@ -1,64 +1,33 @@
-"""The main job in one command: data, side by side, training, text before and after, a report."""
+"""The whole job in one command: data, side by side, training, text, preferences, a reward model,
+policy gradient, text again, one report. Its criteria decide the exit code."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, compare, doctor, files, generation, machine, plot, preparation
+from . import checkpoint, files, metrics, phases, report, tuning
 from .errors import UsageError
-from .evaluation import Score, evaluate
-from .kinds import LanguageModel
-from .model import parameter_count
+from .interrupt import at_once
 from .progress import Reporter
-from .recipe import Recipe
-from .tokenizer import Tokenizer
-from .trainer import Result, Trainer
+from .story import FULL, QUICK, Criteria, Plan, Story
 
 MARK = ".fastlm-demo"  # a folder that the demo made and may empty
-PROMPTS = ("It is a truth", "Captain Wentworth", '"I do not know,"')
 LOSS_TOLERANCE = 1e-5  # relative, between two summation orders of the same float32 mathematics
 
-# held-out bits per byte to reach after so many training steps of 32 x 64 tokens
-BOUNDS = {"bpe": {450: 1.95, 60: 2.5}, "bytes": {450: 2.3, 60: 2.9}}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Step budgets, so that the criteria do not depend on how busy the machine is."""
-
-    recipe: Recipe
-    compared_steps: int
-    new_tokens: int
-
-
-FULL = Plan(Recipe(budget="450steps", lr=8e-3), 20, 60)
-QUICK = Plan(Recipe(budget="60steps", lr=8e-3, evals=4, eval_tokens=8192), 8, 30)
-
-
-def bound(kind: str, steps: int, untrained: float) -> float:
-    """What a run of `steps` must reach; a shorter one than any here must beat its own start."""
-    reached = [bits for least, bits in BOUNDS[kind].items() if steps >= least]
-    return min(reached, default=untrained)
-
-
-@dataclass
-class Criteria:
-    """Named checks; the demo passes when all of them hold."""
-
-    reporter: Reporter
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def check(self, name: str, passed: bool, detail: str) -> None:
-        self.results[name] = {"passed": passed, "detail": detail}
-        self.reporter.line(f"  {'pass' if passed else 'FAIL'}  {name}: {detail}")
-
-    @property
-    def passed(self) -> bool:
-        return all(result["passed"] for result in self.results.values())
+PHASES = (
+    ("doctor", phases.environment),
+    ("data", phases.data),
+    ("side by side", phases.side_by_side),
+    ("train", phases.train),
+    ("generate", phases.generate),
+    ("preference pairs", phases.pairs),
+    ("reward models", phases.rewards),
+    ("policy gradient", tuning.policy_gradient),
+    ("generate again", tuning.generate_again),
+)
 
 
 def _own_folder(out: Path) -> None:
@@ -71,94 +40,74 @@ def _own_folder(out: Path) -> None:
     (out / MARK).touch()
 
 
-def _samples(model: LanguageModel, tokenizer: Tokenizer, new_tokens: int) -> list[str]:
-    return [
-        prompt
-        + "".join(
-            generation.generate(
-                model,
-                tokenizer,
-                prompt,
-                max_new_tokens=new_tokens,
-                temperature=0.8,
-                top_p=0.95,
-                seed=seed,
-            )
-        )
-        for seed, prompt in enumerate(PROMPTS)
-    ]
-
-
-def _show_samples(reporter: Reporter, title: str, samples: list[str]) -> None:
-    reporter.line(f"\n{title}")
-    for sample in samples:
-        reporter.line("  | " + sample.strip().replace("\n", "\n  | "))
-
-
-def _reloads(out: Path, run: Trainer) -> tuple[bool, str]:
-    """The saved model, read back from disk, scores the same to the last bit."""
-    limit = run.config.eval_tokens
-    model, tokenizer = generation.load_checkpoint(checkpoint.read(out / "model"))
-    saved = evaluate(model, run.store, tokenizer, limit=limit).nats_per_token
-    kept = evaluate(run.model, run.store, run.tokenizer, limit=limit).nats_per_token
-    return saved == kept, f"{saved:.6f} nats/token from disk, {kept:.6f} in memory"
-
-
-def _pictures(out: Path, compared: compare.Comparison, reporter: Reporter) -> list[str]:
-    if not plot.available():
-        reporter.line("no pictures: matplotlib is missing; pip install 'fastlm[plot]'")
-        return []
-    plot.learning_curve(
-        out / "metrics.jsonl", out / "loss.png", title="GRU language model on five Austen novels"
-    )
-    title = f"one training step, median ratio {compared.ratio:.2f}x"
-    plot.comparison(compared, out / "comparison.png", title=title)
-    return ["loss.png", "comparison.png"]
-
-
-def _trainer(recipe: Recipe, data: preparation.Prepared, out: Path, reporter: Reporter) -> Trainer:
-    model = recipe.make_model(data.tokens)
-    reporter.line(
-        f"\ntraining: {parameter_count(model):,} parameters, batch {recipe.batch} x "
-        f"{recipe.seq} tokens, {recipe.budget}"
-    )
-    return Trainer(
-        model,
-        data.tokens,
-        data.tokenizer,
-        recipe.train_config(),
-        out=out,
-        reporter=reporter,
-        settings=recipe.to_json(),
-    )
-
-
-def _judge(
-    criteria: Criteria,
-    compared: compare.Comparison,
-    run: Trainer,
-    result: Result,
-    untrained: Score,
-    texts: tuple[list[str], list[str], list[str]],
-) -> None:
-    """`texts`: before training, after it, and after it again."""
-    assert result.score is not None and run.out is not None
-    before, after, again = texts
-    apart = compared.loss_difference
+def _learned(criteria: Criteria, found: dict[str, Any]) -> None:
+    training, apart = found["training"], found["side_by_side"]["largest_relative_loss_difference"]
     criteria.check(
         "equal losses", apart <= LOSS_TOLERANCE, f"{apart:.1e} relative, at most {LOSS_TOLERANCE:g}"
     )
-    bits = result.score.bits_per_byte
-    least = bound(run.tokenizer.kind, result.steps, untrained.bits_per_byte)
+    bits, start = training["held_out"]["bits_per_byte"], training["untrained"]["bits_per_byte"]
     criteria.check(
         "learned",
-        bits <= least,
-        f"{bits:.3f} bits/byte held out, at most {least:.3g} after {result.steps} steps "
-        f"(token frequencies alone: {untrained.bits_per_byte:.3f})",
+        bits <= training["bound"],
+        f"{bits:.3f} bits/byte held out, at most {training['bound']:.3g} after "
+        f"{training['steps']} steps (token frequencies alone: {start:.3f})",
     )
-    criteria.check("text changed", before != after, f"{len(PROMPTS)} prompts, before and after")
-    criteria.check("text reproducible", after == again, "same seeds, same text")
-    criteria.check("model reloads", *_reloads(run.out, run))
+    disk, memory = found["reloads"]["from_disk"], found["reloads"]["in_memory"]
+    criteria.check(
+        "model reloads",
+        disk == memory,
+        f"{disk:.6f} nats/token from disk, {memory:.6f} in memory",
+    )
+
+
+def _written(criteria: Criteria, samples: dict[str, Any]) -> None:
+    count = len(samples["prompts"])
+    criteria.check(
+        "text changed",
+        samples["untrained"] != samples["trained"] != samples["preferred"],
+        f"{count} prompts: untrained, trained, after the policy gradient",
+    )
+    same = samples["trained"] == samples["again"]
+    criteria.check("text reproducible", same, "same seeds, same text")
+
+
+def _preferred(criteria: Criteria, found: dict[str, Any], least_auc: float) -> None:
+    first, *judges = found["reward_models"]
+    auc = first["held_out"]["auc"]
+    criteria.check(
+        "reward model",
+        auc["value"] >= least_auc,
+        f"AUC-ROC {metrics.Interval(**auc)} on {first['held_out']['pairs']:,} pairs of the "
+        f"held-out novel, at least {least_auc:g}",
+    )
+    done = found["policy"]
+    for model in (first, *judges):
+        name = model["name"]
+        gain = metrics.Interval(**done["gains"][name])
+        seen = "optimised" if model["optimised"] else "never optimised, trained on other pairs"
+        criteria.check(
+            f"{name} sees a gain",
+            gain.low > 0,
+            f"{gain} over {done['contexts']} held-out contexts ({model['kind']}, {seen})",
+        )
+
+
+def judge(criteria: Criteria, found: dict[str, Any], plan: Plan) -> None:
+    """Every criterion, from what the report says."""
+    _learned(criteria, found)
+    _written(criteria, found["samples"])
+    _preferred(criteria, found, plan.bounds.auc)
+
+
+def _finish(story: Story, started: float) -> None:
+    """What exists goes to disk, interrupted or not."""
+    story.report["seconds"] = time.perf_counter() - started
+    files.write_json(story.out / "report.json", story.report)
+    missing = report.missing()
+    if missing:
+        story.reporter.line(f"no report.html: {missing}")
+        return
+    story.report["page"] = str(report.write(story.out))
 
 
 def run(
@@ -167,58 +116,32 @@ def run(
     """(whether every criterion holds, the report). An interrupted run has no criteria."""
     started = time.perf_counter()
     plan = QUICK if quick else FULL
-    recipe = plan.recipe if budget is None else replace(plan.recipe, budget=budget)
+    plan = plan if budget is None else plan.within(budget)
     checkpoint.require()
+    metrics.require()
     _own_folder(out)
-    environment = doctor.collect()
-    for line in doctor.short(environment):
-        reporter.line(line)
-    data = preparation.prepare(recipe.data_config())
-    reporter.line("\ndata: six novels by Jane Austen")
-    for line in preparation.describe(data):
-        reporter.line(f"  {line}")
-
-    reporter.line("\nside by side: plain PyTorch and fastlm, alternating steps")
-    compared = compare.side_by_side(data.tokens, recipe, steps=plan.compared_steps)
-    reporter.line(str(compared))
-
-    trainer = _trainer(recipe, data, out, reporter)
-    untrained = evaluate(trainer.model, data.tokens, data.tokenizer, limit=recipe.eval_tokens)
-
-    def samples() -> list[str]:
-        return _samples(trainer.model, data.tokenizer, plan.new_tokens)
-
-    before = samples()
-    result = trainer.fit()
-    if result.stopped == "interrupted":
-        return False, {"interrupted": True}
-    assert result.score is not None
-    after, again = samples(), samples()
-    _show_samples(reporter, "text before training", before)
-    _show_samples(reporter, "text after training, same prompts and seeds", after)
-    reporter.line(f"\nheld out (Persuasion): {result.score}\n{result.verdict}\n\ncriteria")
-    criteria = Criteria(reporter)
-    _judge(criteria, compared, trainer, result, untrained, (before, after, again))
-    report = {
-        "environment": environment,
-        "data": preparation.summary(data),
-        "side_by_side": compared.to_json(),
-        "training": {
-            "steps": result.steps,
-            "seconds": result.seconds,
-            "skipped_steps": result.skipped_steps,
-            "held_out": result.score.to_json(),
-            "verdict": result.verdict,
-            "peak_memory_bytes": machine.peak_memory(),
-        },
-        "samples": {"prompts": PROMPTS, "before": before, "after": after},
-        "criteria": criteria.results,
-        "passed": criteria.passed,
-        "pictures": _pictures(out, compared, reporter),
-        "seconds": time.perf_counter() - started,
-        "out": str(out),
-    }
-    files.write_json(out / "report.json", report)
-    reporter.line(f"\n{report['seconds']:.0f} s in all; {out}/report.json, {out}/model")
+    story = Story(plan, out, reporter)
+    story.report |= {"title": "fastlm demo", "plan": plan.name, "out": str(out), "passed": False}
+    with at_once():
+        try:
+            for number, (name, phase) in enumerate(PHASES, 1):
+                reporter.line(f"\n[{number}/{len(PHASES)}] {name}")
+                with story.during(name):
+                    phase(story)
+        except KeyboardInterrupt:
+            reporter.close()
+            story.report["interrupted"] = story.phase
+            story.record("interrupted")
+            _finish(story, started)
+            return False, story.report
+        reporter.line("\ncriteria")
+        criteria = Criteria(reporter)
+        judge(criteria, story.report, plan)
+        story.report |= {"criteria": criteria.results, "passed": criteria.passed}
+        _finish(story, started)
+    reporter.line(f"\n{story.report['seconds']:.0f} s in all; in {out}:")
+    for file in ("report.html", "report.json", "metrics.jsonl", "model", "preferred", "rewards"):
+        if (out / file).exists():
+            reporter.line(f"  {file}")
     reporter.line("passed" if criteria.passed else "FAILED")
-    return criteria.passed, report
+    return criteria.passed, story.report

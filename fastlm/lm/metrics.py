@@ -24,6 +24,11 @@ def _library(name: str, purpose: str, package: str) -> Any:
         raise MissingExtra(purpose, package, "eval") from None
 
 
+def require() -> None:
+    """Fail at the start of a run rather than at its first AUC-ROC."""
+    _library("sklearn.metrics", "AUC-ROC", "scikit-learn")
+
+
 @dataclass(frozen=True)
 class Interval:
     """A value with the 95% interval of its bootstrap."""

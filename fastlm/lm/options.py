@@ -495,8 +495,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the whole job on real text, with its own criteria")
-    demo.add_argument("--quick", action="store_true", help="a smaller model for half a minute")
-    demo.add_argument("--budget", metavar="B", help="training budget, such as 10m or 2epochs")
+    demo.add_argument(
+        "--quick", action="store_true", help="smaller in everything, with bounds of its own"
+    )
+    demo.add_argument(
+        "--budget", metavar="B", help="of all phases, such as 10m; steps or epochs: of training"
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     _output_options(demo)
 
@@ -509,6 +513,10 @@ def build_parser() -> argparse.ArgumentParser:
     _dpo_command(commands)
     _measuring_commands(commands)
     commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
+
+    report = commands.add_parser("report", help="one self-contained page of a run")
+    report.add_argument("run", type=Path, metavar="RUN", help="folder of a demo or a training run")
+    _output_options(report)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
     _output_options(doctor)
