@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastlm.lm import checkpoint, files
-from fastlm.lm.errors import CheckpointError, MissingExtra
+from fastlm.lm.errors import CheckpointError, MissingExtra, OutOfSpace
 from fastlm.lm.tokenizer import ByteTokenizer
 
 
@@ -42,7 +42,7 @@ def test_round_trip_and_newest(tmp_path: Path) -> None:
     saved = checkpoint.newest(tmp_path)
     assert saved is not None and saved.state["counters"]["steps"] == 10 and not saved.skipped
     assert float(saved.tensors(checkpoint.MODEL)["weight"][0, 0]) == 10
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, checkpoint.folder(tmp_path) / checkpoint.name(10))
     assert [p.name for p in checkpoint.all_in(tmp_path)] == ["step-00000010", "step-00000009"]
 
 
@@ -138,7 +138,9 @@ def test_disk_full_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.Mo
     path = write(tmp_path, 1)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="MiB free"):
+    with pytest.raises(
+        OutOfSpace, match=r"step-00000002: disk full: 16,525 bytes needed, 1,000 free"
+    ):
         write(tmp_path, 2)
     assert files.damage(path) is None and len(checkpoint.all_in(tmp_path)) == 1
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import errors
+from . import errors, interrupt
 from .options import build_parser
 
 
@@ -87,8 +87,7 @@ def _train(args: argparse.Namespace) -> int:
         settings=chosen.to_json(),
     )
     if saved is not None:
-        for reason in saved.skipped:
-            print(f"fastlm train: skipped a damaged checkpoint: {reason}", file=sys.stderr)
+        checkpoint.say_skipped(saved)
         run.resume(saved, allow=tuple(filter(None, args.allow_change.split(","))))
         reporter.line(f"resumed from {saved.path}")
         if run.finished():
@@ -106,12 +105,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import checkpoint, generation
+    from . import generation
 
-    saved = checkpoint.find(args.model)
-    for reason in saved.skipped:
-        print(f"fastlm generate: skipped a damaged folder: {reason}", file=sys.stderr)
-    model, tokenizer = generation.load_checkpoint(saved)
+    model, tokenizer = generation.load(args.model)
     try:
         pieces = generation.generate(
             model,
@@ -213,14 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(arguments)
+        with interrupt.terminable():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except errors.LMError as error:
         print(f"fastlm: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fastlm: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        print("fastlm: stopped at once; what was saved before is whole", file=sys.stderr)
         return errors.INTERRUPTED
     except BrokenPipeError:
         # the reader has what it wants; keep Python from failing again at exit

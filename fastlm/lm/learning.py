@@ -64,6 +64,7 @@ def open_model(
 ) -> tuple[LanguageModel, Tokenizer, Prepared]:
     """A model, and the text it was trained on, split as it was then."""
     saved = checkpoint.find(path)
+    checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
     settings = saved.state.get("settings", {})
     paths = tuple(data) if data is not None else settings.get("data")
@@ -164,12 +165,13 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
     if saved is not None:
         if args.resume == "never":
             raise errors.UsageError(f"{args.out}: has checkpoints; choose another --out")
+        checkpoint.say_skipped(saved)
         run.resume(saved, allow=("budget",))
         reporter.line(f"resumed from {saved.path}")
     before = compare(run.reference, tokenizer, prepared, judges)
     result = run.fit()
     if result.stopped == "interrupted":
-        reporter.line("interrupted and saved; the same command goes on")
+        print("interrupted and saved; resume with the same command", file=sys.stderr)
         return errors.INTERRUPTED
     after = compare(model, tokenizer, prepared, judges)
     alarm = over_optimised(before, after)
@@ -177,7 +179,8 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
         reporter.line(f"{name}: {before[name]:+.3f} before, {after[name]:+.3f} after")
     if alarm:
         reporter.line("OVER-OPTIMISED: the reward rose, the judge that was not optimised fell")
-    state = {"config": {"model": run.described()["model"]}, "settings": {}}
+    described = {name: run.described()[name] for name in ("model", "data")}
+    state = {"config": described, "settings": {}}
     checkpoint.write(args.out / "model", model.state_dict(), {}, state, tokenizer)
     reporter.line(f"stopped by {result.stopped}; model: {args.out / 'model'}")
     if args.json:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class Counters:
     loss_ema: float = 0.0
     best: float = float("inf")
     since_best: int = 0
+    evaluated: int = -1  # the step of the last evaluation
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -107,7 +108,7 @@ class Trainer:
         self.best_model: checkpoint.Tensors | None = None
         self._bad_in_a_row = 0
         self._resumed = False
-        self._metrics: TextIO | None = None
+        self._metrics: files.Lines | None = None
         totals = store.totals("train")
         self._bits_per_nat = totals["tokens"] / totals["bytes"] / math.log(2)
         self._device = next(model.parameters()).device
@@ -148,7 +149,7 @@ class Trainer:
         }
         path = checkpoint.folder(self.out) / checkpoint.name(self.counters.steps)
         checkpoint.write(path, self.model.state_dict(), training, state, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+        checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
         return path
 
     def save_model(self, path: Path, score: Score) -> None:
@@ -178,6 +179,7 @@ class Trainer:
         }
         self.best_model = best or None
         self.counters = Counters(**saved.state["counters"])
+        checkpoint.set_aside(self.out, saved)
         self.lanes.restore(saved.state["cursor"])
         self.scores = [Score(**score) for score in saved.state["scores"]]
         checkpoint.restore_random_state(tensors, saved.state["random"])
@@ -192,8 +194,7 @@ class Trainer:
     def _record(self, event: str, **values: Any) -> None:
         if self._metrics is not None:
             line = {"event": event, "step": self.counters.steps, **values}
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
+            self._metrics.write(json.dumps(line))
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -249,6 +250,7 @@ class Trainer:
         self.scores.append(score)
         counters = self.counters
         counters.evals += 1
+        counters.evaluated = counters.steps
         if score.bits_per_byte < counters.best:
             counters.best, counters.since_best = score.bits_per_byte, 0
             if self.config.patience is not None:
@@ -263,9 +265,10 @@ class Trainer:
         if not self._resumed:
             self._seed()
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.out)
+            files.remove_leftovers(self.out)
             files.remove_leftovers(checkpoint.folder(self.out))
-            self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = files.Lines(self.out / "metrics.jsonl")
         self._record("resume" if self._resumed else "start", config=self.described())
         self.model.train()
         try:
@@ -284,15 +287,21 @@ class Trainer:
         np.random.seed(self.config.seed % 2**32)
         random.seed(self.config.seed)
 
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.counters.since_best >= patience
+
     def _loop(self, interrupt: Interrupt) -> str:
         counters, config = self.counters, self.config
         already, started = counters.seconds, time.perf_counter()
         saved_at, durations = started, deque[float](maxlen=SPEED_WINDOW)
+        if self._out_of_patience():  # as the checkpoint says
+            return "patience"
         while (share := self.budget.share(counters.steps, counters.seconds)) < 1.0:
             # the last of the evaluations is the one at the end
             if share >= (counters.evals + 1) / config.evals:
                 self._evaluate(config.eval_tokens)
-                if config.patience is not None and counters.since_best >= config.patience:
+                if self._out_of_patience():
                     return "patience"
             before = time.perf_counter()
             loss = self.step()
@@ -329,7 +338,8 @@ class Trainer:
 
     def _finish(self, stopped: str) -> Result:
         score, words, path = None, "", None
-        if stopped == "budget":
+        # a run that died between its last save and its end has done it
+        if stopped == "budget" and self.counters.evaluated != self.counters.steps:
             self._evaluate(self.config.eval_tokens)
         if self.out is not None:
             path = self.save()
