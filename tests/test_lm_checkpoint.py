@@ -138,9 +138,7 @@ def test_disk_full_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.Mo
     path = write(tmp_path, 1)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(
-        OutOfSpace, match=r"step-00000002: disk full: 16,525 bytes needed, 1,000 free"
-    ):
+    with pytest.raises(OutOfSpace, match="step-00000002: disk full: 16,525 bytes needed, 1,000 f"):
         write(tmp_path, 2)
     assert files.damage(path) is None and len(checkpoint.all_in(tmp_path)) == 1
 

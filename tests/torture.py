@@ -1,11 +1,12 @@
-"""Kill training, fill its disk, damage its checkpoints: the final weights must not change by a bit.
+"""Kill training, fill its disk, damage its checkpoints: the final weights stay the same to the bit.
 
-    make torture                                       # 200 kills, 50 full disks, 50 damages, 20 signals
-    python tests/torture.py --kills 20 --seed 7        # fewer; the same numbers give the same trials
+    make torture                              # 200 kills, 50 full disks, 50 damages, 20 signals
+    python tests/torture.py --kills 20 --seed 7
 
 One process imports everything once and forks a child for each run, which is the real command line.
-A trial starts a run of one of the scenarios in turn, strikes it, lets it go on with the same command
-and compares the sha256 of the final weights with that of the run nobody disturbed. Exit code 0: all.
+A trial starts a run of the scenarios in turn, strikes it, lets it go on with the same command and
+compares the sha256 of the final weights with that of the run nobody disturbed. Exit code 0: all of
+them are equal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,13 +30,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # children are forked
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from strikes import Child, at_lines_that_save, die_at_line, die_in_write, do_not_look, limit_files
 
 from fastlm.lm import checkpoint, cli, data, errors, files, machine
 
@@ -50,125 +49,11 @@ SCENARIOS = {
     "rl gru": f"{RL} --algorithm grpo --updates 2",
     "rl transformer": f"{RL} --algorithm rloo",
 }
-# what runs while a checkpoint is written; the rest of these files reads
-SAVING = frozenset(
-    "write fill own write_folder write_text write_json make_folder _sync sha256 _swap_in prune "
-    "remove_folder set_aside remove_leftovers save save_model".split()
-)
-SOURCES = tuple(
-    str(Path(files.__file__).with_name(name))
-    for name in ("files.py", "checkpoint.py", "trainer.py", "policy.py")
-)
 
 
 def vowels(prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
     """The reward of the RL scenarios."""
     return [float(sum(c in "aeiou" for c in text)) for text in texts]
-
-
-# ---- striking from inside the child ---------------------------------------------------------------
-
-
-def at_lines_that_save(act: Callable[[], None]) -> None:
-    """Call `act` before every line of Python that saves, from now on."""
-
-    def local(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
-            act()
-        return local
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        code = frame.f_code
-        return local if code.co_name in SAVING and code.co_filename in SOURCES else None
-
-    sys.settrace(trace)
-
-
-def die_at_line(number: int) -> None:
-    """SIGKILL before the n-th line that saves."""
-    left = number
-
-    def act() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            die()
-
-    at_lines_that_save(act)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_in_write(number: int, share: float) -> None:
-    """SIGKILL when the n-th file of tensors is written to `share`."""
-    library, left = checkpoint._safetensors(), number
-
-    class Torn:
-        load_file = staticmethod(library.load_file)
-
-        @staticmethod
-        def save_file(tensors: Any, path: Path) -> None:
-            nonlocal left
-            library.save_file(tensors, path)
-            left -= 1
-            if left == 0:
-                os.truncate(path, int(path.stat().st_size * share))
-                die()
-
-    checkpoint._safetensors = lambda: Torn
-
-
-def limit_files(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def do_not_look() -> None:
-    """As if the space was there at the check before writing, and gone while writing."""
-    files.require_space = lambda path, need: None
-
-
-# ---- children -------------------------------------------------------------------------------------
-
-
-class Child:
-    """A forked process that runs one command line; what it prints is in `text` after `wait`."""
-
-    def __init__(self, arguments: list[str], before: Callable[[], None] | None = None) -> None:
-        reader, writer = os.pipe()
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 99
-            try:
-                os.close(reader)
-                os.dup2(writer, 1)
-                os.dup2(writer, 2)
-                sys.stdout = open(1, "w", closefd=False)
-                sys.stderr = open(2, "w", closefd=False, buffering=1)
-                if before is not None:
-                    before()
-                code = cli.main(arguments)
-                sys.stdout.flush()
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(code)
-        os.close(writer)
-        self._reader = reader
-
-    def kill(self, number: int) -> None:
-        try:
-            os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass
-
-    def wait(self) -> int:
-        """Exit code, or minus the signal."""
-        with os.fdopen(self._reader, "rb") as file:
-            self.text = file.read().decode()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 class Failed(Exception):
@@ -245,7 +130,7 @@ def wait_for_step(child: Child, out: Path, step: int) -> None:
         time.sleep(0.001)
 
 
-# ---- trials: each returns how many strikes landed, and where --------------------------------------
+# ---- trials: each returns how many strikes landed, and where -------------------------------------
 
 Found = Counter[str]
 
@@ -366,7 +251,7 @@ def signal_trial(scenario: Scenario, draw: random.Random, out: Path) -> Found:
     return found
 
 
-# ---- all of it ------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -399,16 +284,16 @@ def prepare(folder: Path) -> list[Scenario]:
     checkpoint.require()
     machine.gemm_rate()  # measured here, once
     made = []
+    given = ["--data", str(text)]
+    for name in ("gru", "transformer"):
+        # not in a child: torch imports at the first step what then takes longer than a run
+        base = [*SCENARIOS[name].split(), *given, "--out", str(folder / f"base {name}")]
+        require(cli.main(base) == errors.OK, "no model to fine-tune")
     for name, command in SCENARIOS.items():
-        arguments = command.split()
+        arguments = [*command.split(), *given]
         if name.startswith("rl "):
-            base = folder / f"base {name[3:]}"
-            options = SCENARIOS[name[3:]].split() + ["--data", str(text), "--out", str(base)]
-            require(Child(options).wait() == 0, "no model to fine-tune")
-            arguments[1:1] = [str(base / "model"), "--reward", f"{__name__}:vowels"]
-            arguments += ["--data", str(text)]
-        else:
-            arguments += ["--data", str(text)]
+            base = folder / f"base {name[3:]}" / "model"
+            arguments[1:1] = [str(base), "--reward", f"{__name__}:vowels"]
         scenario = Scenario(name, arguments)
         measure(scenario, folder / name)
         made.append(scenario)

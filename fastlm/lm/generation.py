@@ -49,7 +49,7 @@ def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokeni
     trained_with = saved.state["config"].get("data", {}).get("tokenizer", found.sha256)
     if found.sha256 != trained_with:
         raise CheckpointError(
-            f"{saved.path / checkpoint.TOKENIZER}: not the tokenizer that the model was trained with"
+            f"{saved.path / checkpoint.TOKENIZER}: not the tokenizer of the model's training"
         )
     return model.eval(), found
 
