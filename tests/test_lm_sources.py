@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fastlm.lm import cleaning, sources
+from fastlm.lm import cleaning, cli, machine, sources
 from fastlm.lm.errors import InputError, MissingExtra, UsageError
 
 
@@ -181,3 +183,35 @@ def test_mojibake_is_repaired() -> None:
     wrong = "caf\u00e9 d\u00e9j\u00e0 vu".encode().decode("latin-1")
     text, counts = cleaning.clean(wrong + "\nfine", cleaning.Cleaning(mojibake=True))
     assert text == "caf\u00e9 d\u00e9j\u00e0 vu\nfine" and counts["lines wrongly decoded"] == 1
+
+
+@pytest.fixture
+def peak_of() -> Callable[[str], int]:
+    """Peak resident bytes of a command in a process of its own."""
+
+    def peak(command: str) -> int:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+                assert cli.main(command.split()) == 0
+                os.write(writer, str(machine.peak_memory()).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+        with os.fdopen(reader) as file:
+            return int(file.read())
+
+    return peak
+
+
+def test_one_long_line_is_read_in_pieces(tmp_path: Path, peak_of: Callable[[str], int]) -> None:
+    """Peak memory beyond that of a small file does not grow with the line."""
+    sizes = {"small": 1 << 20, "large": 24 << 20}
+    for name, size in sizes.items():
+        words = "a line without an end goes on and on and on "
+        (tmp_path / f"{name}.txt").write_text(words * (size // len(words)))
+    small, large = (peak_of(f"data stats {tmp_path}/{name}.txt --quiet") for name in sizes)
+    assert large - small < 24 << 20

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import files
 from .config import difference
 from .errors import CheckpointError, MissingExtra, UsageError
+from .suggest import nearest
 from .tokenizer import Tokenizer
 
 MODEL = "model.safetensors"
@@ -75,6 +76,17 @@ def write(
         tokenizer.save(folder / TOKENIZER)
 
     files.write_folder(path, fill, need=need)
+
+
+def require_free(path: Path) -> None:
+    """Refuse, before the work, to replace what is no checkpoint.
+
+    Raises:
+        UsageError: there is a file, or a folder of something else.
+    """
+    ours = path.is_dir() and ((path / files.MANIFEST).is_file() or not any(path.iterdir()))
+    if path.exists() and not ours:
+        raise UsageError(f"{path}: is there already and no checkpoint; choose another --out")
 
 
 @dataclass
@@ -219,6 +231,10 @@ def require_same(saved: Checkpoint, now: dict[str, Any], allow: tuple[str, ...])
     Raises:
         UsageError: the message lists the differences.
     """
+    known = {key for part in now.values() for key in part}
+    for name in allow:
+        if name not in known:
+            raise UsageError(f"--allow-change: nothing is called {name!r}{nearest(name, known)}")
     lines = difference(saved.state["config"], now)
     refused = [line for line in lines if line.split(":")[0].split(".")[-1] not in allow]
     if refused:

@@ -84,6 +84,7 @@ def _train(args: argparse.Namespace) -> int:
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,
+        on_save_error=args.on_save_error,
         settings=chosen.to_json(),
     )
     if saved is not None:
@@ -219,6 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastlm: stopped at once; what was saved before is whole", file=sys.stderr)
         return errors.INTERRUPTED
+    except ValueError as error:
+        # of an op, about an argument that nothing here has checked before
+        if not str(error).startswith("fastlm."):
+            raise
+        print(f"fastlm: error: {error}", file=sys.stderr)
+        return errors.USAGE
     except BrokenPipeError:
         # the reader has what it wants; keep Python from failing again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -57,9 +58,16 @@ def make_folder(path: Path) -> None:
         _sync(folder.parent)
 
 
+def require_place(path: Path) -> None:
+    """Fail before the work rather than after it when no file can be written at `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    make_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace one file atomically."""
-    make_folder(path.parent)
+    require_place(path)
     temporary = _temporary(path)
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -140,6 +148,8 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, need: int = 0) -> 
     Raises:
         OutOfSpace: before or while writing; what was at `path` is still there.
     """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     make_folder(path.parent)
     require_space(path, need)
     temporary = _temporary(path)

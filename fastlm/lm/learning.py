@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, errors, generation, labelling, policy, preferences, reward, rollouts
+from . import (
+    checkpoint,
+    errors,
+    files,
+    generation,
+    labelling,
+    policy,
+    preferences,
+    reward,
+    rollouts,
+)
 from .kinds import LanguageModel
 from .preparation import DataConfig, Prepared, held_out_of, prepare
 from .progress import Reporter
@@ -82,7 +92,12 @@ def open_model(
 
 
 def _from_model(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    for name in ("count", "prompt_tokens", "tokens"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise errors.UsageError(f"--{option} must be at least 1, got {getattr(args, name)}")
     model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
+    files.require_place(args.out)
     found = rollouts.human_over_model(
         model,
         tokenizer,
@@ -102,6 +117,7 @@ PREFS = {"label": _label, "check": _check, "from-model": _from_model}
 
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    checkpoint.require_free(args.out)
     _, tokenizer = generation.load(args.model)
     train = preferences.load(args.preferences, args.format, args.provenance)
     test = preferences.load(args.test, args.format, args.provenance) if args.test else None

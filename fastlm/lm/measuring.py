@@ -118,6 +118,8 @@ def _report(
 
 
 def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    if args.samples < 0:
+        raise errors.UsageError(f"--samples must not be negative, got {args.samples}")
     if not args.paths:
         model, tokenizer, prepared = learning.open_model(args.model, None, None)
         return _report(args, model, tokenizer, prepared.tokens, reporter, print_json)
@@ -159,6 +161,8 @@ def cross_validate(
 
 def _cv(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     kinds = args.model.split(",")
+    if args.out is not None:
+        files.require_place(args.out)
     values = {"budget": args.budget, "vocab": args.vocab, "seed": args.seed, "data": args.data}
     found = cross_validate(Recipe.of({}, values), kinds, args.folds, reporter)
     summary = {}
@@ -180,6 +184,8 @@ def _cv(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> 
 
 def _summarize(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     model, tokenizer = generation.load(args.model)
+    if Path(args.path).is_dir():
+        raise errors.InputError(f"{args.path}: a folder, one text is expected")
     ((_, pieces),) = sources.read([args.path], sources.Reading("text"))
     text = data.clean(sources.text_of(pieces))[0]
     summary = extracts.summarize(model, tokenizer, text, args.sentences)

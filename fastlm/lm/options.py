@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .suggest import Parser
+
 UNSET: Any = argparse.SUPPRESS  # so that a resumed run knows what was typed
 
 
@@ -245,7 +247,7 @@ def _measuring_commands(commands: Any) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastlm",
         description="Train, sample and measure language models on fused kernels.",
         epilog="exit codes: 0 ok, 1 criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, "
@@ -275,6 +277,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="options that may differ from the checkpoint, such as budget or lr",
     )
     train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
+    train.add_argument(
+        "--on-save-error",
+        choices=("stop", "warn"),
+        default="stop",
+        help="what a full disk does to a run between two saves",
+    )
     _train_options(train)
     _output_options(train)
 

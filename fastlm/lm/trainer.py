@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from . import checkpoint, files, machine
 from .budget import Budget, learning_rate
 from .config import TrainConfig, difference
-from .errors import TrainingError, UsageError
+from .errors import OutOfSpace, TrainingError, UsageError
 from .evaluation import Score, evaluate, verdict
 from .interrupt import Interrupt
 from .kinds import LanguageModel
@@ -75,6 +77,7 @@ class Trainer:
 
     Args:
         out: run folder for checkpoints and metrics.jsonl; None keeps nothing on disk.
+        on_save_error: "stop", or "warn" to train on when the disk is full between two saves.
         settings: stored in every checkpoint for whoever resumes; not compared.
         on_step: called with the number of finished steps; for tests and callbacks.
     """
@@ -89,6 +92,7 @@ class Trainer:
         out: Path | None = None,
         reporter: Reporter | None = None,
         save_every: float = 30.0,
+        on_save_error: str = "stop",
         settings: dict[str, Any] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
@@ -97,6 +101,7 @@ class Trainer:
         self.model, self.store, self.tokenizer, self.config = model, store, tokenizer, config
         self.out, self.reporter = out, reporter or Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
+        self.on_save_error = on_save_error
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         self.lanes = Lanes(
             store.ids, store.spans("train"), batch=config.batch, length=config.seq, seed=config.seed
@@ -194,7 +199,18 @@ class Trainer:
     def _record(self, event: str, **values: Any) -> None:
         if self._metrics is not None:
             line = {"event": event, "step": self.counters.steps, **values}
-            self._metrics.write(json.dumps(line))
+            with self._room():
+                self._metrics.write(json.dumps(line))
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """A full disk ends the run, or is said where `on_save_error` is "warn"."""
+        try:
+            yield
+        except OutOfSpace as error:
+            if self.on_save_error != "warn":
+                raise
+            print(f"fastlm: warning: not saved: {error}", file=sys.stderr)
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -314,7 +330,8 @@ class Trainer:
             if interrupt.requested:
                 return "interrupted"
             if self.out is not None and now - saved_at >= self.save_every:
-                self.save()
+                with self._room():
+                    self.save()
                 saved_at = time.perf_counter()
         return "budget"
 
