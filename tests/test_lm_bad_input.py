@@ -226,7 +226,7 @@ OTHERS = [
     Case("trian", USE, r"'trian' is none of .*; did you mean train\?"),
     Case("data tokenise", USE, r"'tokenise' is none of .*; did you mean tokenize\?"),
     Case("train --hiden 3", USE, r"fastlm train: .*option --hiden; did you mean --hidden\?"),
-    Case("data stats --colum=x", USE, r"option --colum; did you mean --column\?"),
+    Case("data stats --colunm=x", USE, r"option --colunm; did you mean --column\?"),
     Case("generate {w}/run --xyz", USE, r"unknown option --xyz \(see fastlm generate --help\)"),
     Case("doctor now", USE, "unexpected argument 'now'"),
     Case("train --model grru", USE, r"--model: 'grru' is none of .*; did you mean gru"),
@@ -268,7 +268,7 @@ def _quick(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "gemm_rate", lambda: 1e9)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_bad_input(
     case: Case, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

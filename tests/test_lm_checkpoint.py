@@ -94,10 +94,10 @@ def test_other_format_is_refused(tmp_path: Path) -> None:
         checkpoint.read(path)
 
 
-def deaths(folder: Path, act: Any, look: Any) -> int:
-    """Let a child die before every line that saves, one after the other, each time from a copy of
-    `folder`; returns how many there are."""
-    for line in itertools.count(1):
+def deaths(folder: Path, act: Any, look: Any, step: int) -> int:
+    """Let a child die before every `step`-th line that saves, one after the other, each time from a
+    copy of `folder`; returns how many lines there are."""
+    for line in itertools.count(1, step):
         copy = folder.with_name("copy")
         shutil.copytree(folder, copy)
         child = os.fork()
@@ -118,8 +118,12 @@ def deaths(folder: Path, act: Any, look: Any) -> int:
     raise AssertionError
 
 
-@pytest.mark.parametrize("before", ["the same step", "its old version only", "two others"])
-def test_death_at_any_line_leaves_a_whole_checkpoint(tmp_path: Path, before: str) -> None:
+@pytest.mark.parametrize(
+    "before, step", [("the same step", 1), ("its old version only", 3), ("two others", 4)]
+)
+def test_death_at_any_line_leaves_a_whole_checkpoint(
+    tmp_path: Path, before: str, step: int
+) -> None:
     """The parts of a save: files, their sync, manifest, rename, what is dropped afterwards."""
     run = tmp_path / "run"
     path = write(run, 5, 0.0)
@@ -139,7 +143,7 @@ def test_death_at_any_line_leaves_a_whole_checkpoint(tmp_path: Path, before: str
         values.append(saved.state["counters"]["value"])
         assert float(saved.tensors(checkpoint.MODEL)["weight"][0, 0]) == 5 + values[-1]
 
-    assert deaths(run, act, look) > 60
+    assert deaths(run, act, look, step) > 60
     # first the old one, then the new one
     assert values == sorted(values) and set(values) == {0.0, 0.5}
 

@@ -73,6 +73,7 @@ def _train(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name in names}
     settings = saved.state.get("settings", {}) if saved is not None else {}
     chosen = recipe.Recipe.of(settings, given)
+    config = chosen.train_config()  # what is wrong with it is said before any text is read
     data = preparation.prepare(chosen.data_config())
     for line in preparation.describe(data):
         reporter.line(line)
@@ -80,7 +81,7 @@ def _train(args: argparse.Namespace) -> int:
         chosen.make_model(data.tokens),
         data.tokens,
         data.tokenizer,
-        chosen.train_config(),
+        config,
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,

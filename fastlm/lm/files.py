@@ -10,7 +10,8 @@ import re
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,19 @@ class Lines:
             pass  # what `write` has reported already
 
 
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """A full disk while `path` grows to a size that nobody knows before."""
+    try:
+        yield
+    except OSError as error:
+        if disk_full(error):
+            raise no_space(path, path.stat().st_size + 1) from None
+        raise
+
+
 def no_space(path: Path, need: int) -> OutOfSpace:
-    """Says how much was needed, and what there is."""
+    """Says how much was needed, at least, and what there is."""
     folder = next(folder for folder in path.parents if folder.exists())
     free = shutil.disk_usage(folder).free
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]

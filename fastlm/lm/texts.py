@@ -124,7 +124,7 @@ def build(
     tally, cleaner, keep = sources.Tally(), Cleaner(cleaning), keep or Filter()
     seen, report = duplicates.Seen(keep.near), Report()
     documents: list[tuple[str, int, int]] = []
-    with (folder / TEXT).open("wb") as file:
+    with files.room_for(folder / TEXT), (folder / TEXT).open("wb") as file:
         for name, pieces in sources.read(paths, reading, tally):
             report.read += 1
             start, characters, visible = file.tell(), 0, False
