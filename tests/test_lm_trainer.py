@@ -206,7 +206,7 @@ def test_a_full_disk_stops_or_is_said(
     run = make(prepared, out=tmp_path, save_every=0.0, on_save_error="warn")
     with pytest.raises(OutOfSpace, match="step-00000012"):  # but the last one must be saved
         run.fit()
-    assert capsys.readouterr().err.count("warning: not saved: ") == 10
+    assert capsys.readouterr().err.count("warning: not saved: ") == 11
     saved, full = checkpoint.newest(tmp_path), False
     assert saved is not None and saved.state["counters"]["steps"] == 2
     again = make(prepared, out=tmp_path)
