@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py
 # pip leaves byte-compiling to the first import (it halves the set-up); the result must be kept
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench gpu format clean
+.PHONY: demo test check bench torture gpu format clean
 
 demo: fastlm/_C.so
 	$(PY) -m fastlm.lm demo $(ARGS)
@@ -26,6 +26,10 @@ check: fastlm/_C.so
 
 bench: fastlm/_C.so
 	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)
+
+# kills, full disks and damaged checkpoints; a small one of it is part of the tests
+torture: fastlm/_C.so
+	PYTHONPATH=. $(PY) tests/torture.py $(ARGS)
 
 # one command for a machine that has a GPU, torch with CUDA and pytest, and nothing of ours:
 # its own Python is used unless there is a .venv; another one with  make gpu PY=python3.12

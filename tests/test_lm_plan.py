@@ -32,7 +32,7 @@ import sys, json, torch
 from fastlm.lm import gradients, machine
 from fastlm.lm.recipe import Recipe
 from fastlm.lm.kinds import KINDS
-from fastlm.lm.trainer import make_optimizer
+from fastlm.lm.optimizer import make_optimizer
 recipe, vocab = Recipe.of({}, json.loads(sys.argv[1])), int(sys.argv[2])
 tokens = torch.randint(0, vocab - 1, (recipe.batch, recipe.seq))
 

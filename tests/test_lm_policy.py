@@ -362,6 +362,16 @@ def test_resuming_is_to_the_bit(
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+def test_a_run_that_was_stopped_stays_stopped(tokens: store.TokenStore, tmp_path: Path) -> None:
+    first = trainer(tokens, gru(), until=-1.0, out=tmp_path)
+    assert first.fit().stopped == "reward"
+    again = trainer(tokens, gru(), until=-1.0, out=tmp_path)
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None
+    again.resume(saved)
+    assert (again.fit().stopped, again.iterations) == ("reward", first.iterations)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastlm.lm import cleaning, sources
+from fastlm.lm import cleaning, cli, machine, sources, texts
 from fastlm.lm.errors import InputError, MissingExtra, UsageError
 
 
@@ -233,3 +235,39 @@ def test_a_collection_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> Non
         MissingExtra, match=r"needs the package datasets; pip install 'fastlm\[hub\]"
     ):
         read("hf:a")
+
+
+@pytest.fixture
+def peak_of() -> Callable[[str], int]:
+    """Peak resident bytes of a command in a process of its own."""
+
+    def peak(command: str) -> int:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+                assert cli.main(command.split()) == 0
+                os.write(writer, str(machine.peak_memory()).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+        with os.fdopen(reader) as file:
+            return int(file.read())
+
+    return peak
+
+
+def test_one_long_line_is_read_in_pieces(
+    tmp_path: Path, peak_of: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peak memory does not grow with the line; pieces of 1 MiB would hide it in a small file."""
+    for module, name in ((sources, "BLOCK"), (cleaning, "PIECE"), (texts, "BLOCK")):
+        monkeypatch.setattr(module, name, 1 << 16)
+    sizes = {"small": 1 << 20, "large": 8 << 20}
+    for name, size in sizes.items():
+        words = "a line without an end goes on and on and on "
+        (tmp_path / f"{name}.txt").write_text(words * (size // len(words)))
+    small, large = (peak_of(f"data stats {tmp_path}/{name}.txt --quiet") for name in sizes)
+    assert large - small < 2 << 20, (small, large)

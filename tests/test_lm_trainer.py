@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from fastlm.lm import checkpoint, compare, config, data, machine, preparation, trainer
 from fastlm.lm.budget import Budget, learning_rate
 from fastlm.lm.diagnosis import verdict
-from fastlm.lm.errors import TrainingError, UsageError
+from fastlm.lm.errors import OutOfSpace, TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM, PlainGRULM
+from fastlm.lm.optimizer import make_optimizer
 from fastlm.lm.recipe import Recipe
 from fastlm.lm.transformer import PlainTransformerLM, TransformerLM
 
@@ -131,6 +133,42 @@ def test_changed_configuration_is_refused_with_the_difference(
     assert other.fit().steps == 20
 
 
+def test_a_finished_run_that_goes_on_changes_nothing(
+    prepared: preparation.Prepared, tmp_path: Path
+) -> None:
+    """As after a death between the last save and the end."""
+    for name, settings in {
+        "budget": SMALL,
+        "patience": replace(SMALL, patience=1, lr=0.5, clip=0.0, evals=12, budget="24steps"),
+    }.items():
+        first = make(prepared, settings, out=tmp_path / name)
+        result = first.fit()
+        assert result.stopped == name
+        again = make(prepared, settings, out=tmp_path / name)
+        saved = checkpoint.newest(tmp_path / name)
+        assert saved is not None
+        again.resume(saved)
+        assert replace(again.fit(), seconds=result.seconds) == result
+        assert again.scores == first.scores
+        for a, b in zip(parameters(first), parameters(again), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_resuming_costs_less_than_two_seconds(
+    prepared: preparation.Prepared, tmp_path: Path
+) -> None:
+    """Verify, load and restore a model of the default size with its training state."""
+    big = replace(SMALL, budget="1steps", evals=1)
+    kind = lambda vocab, **_: GRULM(2048, 256)  # noqa: E731
+    make(prepared, big, kind=kind, out=tmp_path).fit()
+    again = make(prepared, big, kind=kind, out=tmp_path)
+    started = time.perf_counter()
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None
+    again.resume(saved)
+    assert time.perf_counter() - started < 2.0
+
+
 # ---- interruption -------------------------------------------------------------------------------
 
 
@@ -149,6 +187,35 @@ def test_second_signal_stops_at_once(prepared: preparation.Prepared, tmp_path: P
     assert signal.getsignal(signal.SIGINT) is before
     saved = checkpoint.newest(tmp_path)
     assert saved is not None and saved.state["counters"]["steps"] == 2
+
+
+def test_a_full_disk_stops_or_is_said(
+    prepared: preparation.Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, full = checkpoint.write, True
+
+    def write(path: Path, *args: Any) -> None:
+        if full and path.parent.name == "checkpoints" and path.name != checkpoint.name(2):
+            raise OutOfSpace(f"{path}: disk full")
+        real(path, *args)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(OutOfSpace, match="step-00000001"):
+        make(prepared, out=tmp_path, save_every=0.0).fit()
+    run = make(prepared, out=tmp_path, save_every=0.0, on_save_error="warn")
+    with pytest.raises(OutOfSpace, match="step-00000012"):  # but the last one must be saved
+        run.fit()
+    assert capsys.readouterr().err.count("warning: not saved: ") == 11
+    saved, full = checkpoint.newest(tmp_path), False
+    assert saved is not None and saved.state["counters"]["steps"] == 2
+    again = make(prepared, out=tmp_path)
+    again.resume(saved)
+    assert again.fit().steps == 12
+    for a, b in zip(parameters(run), parameters(again), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_old_checkpoints_are_pruned(prepared: preparation.Prepared, tmp_path: Path) -> None:
@@ -239,7 +306,7 @@ def test_learning_rate_rises_then_falls() -> None:
 
 def test_decay_spares_vectors() -> None:
     model = PlainGRULM(33, 16)
-    decayed, spared = trainer.make_optimizer(model, 1e-3, 0.1).param_groups
+    decayed, spared = make_optimizer(model, 1e-3, 0.1).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])

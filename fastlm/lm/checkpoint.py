@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
+import re
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from . import files
 from .config import difference
 from .errors import CheckpointError, MissingExtra, UsageError
+from .suggest import nearest
 from .tokenizer import Tokenizer
 
 MODEL = "model.safetensors"
@@ -61,26 +65,38 @@ def write(
 ) -> None:
     """One checkpoint, complete or not there at all."""
     library = _safetensors()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.require_space(path.parent, size(model) + size(training))
+    text = json.dumps({"format": FORMAT, **state})
+    need = size(model) + size(training) + len(text) + len(json.dumps(tokenizer.to_json()))
 
     def fill(folder: Path) -> None:
         library.save_file(own(model), folder / MODEL)
         if training:
             library.save_file(own(training), folder / TRAINING)
-        (folder / STATE).write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
+        (folder / STATE).write_text(text, encoding="utf-8")
         tokenizer.save(folder / TOKENIZER)
 
-    files.write_folder(path, fill)
+    files.write_folder(path, fill, need=need)
+
+
+def require_free(path: Path) -> None:
+    """Refuse, before the work, to replace what is no checkpoint.
+
+    Raises:
+        UsageError: there is a file, or a folder of something else.
+    """
+    ours = path.is_dir() and ((path / files.MANIFEST).is_file() or not any(path.iterdir()))
+    if path.exists() and not ours:
+        raise UsageError(f"{path}: is there already and no checkpoint; choose another --out")
 
 
 @dataclass
 class Checkpoint:
-    """A verified folder. `skipped` names the newer ones that were damaged, and how."""
+    """A verified folder. `skipped` says what is wrong with the newer ones, which are `damaged`."""
 
     path: Path
     state: dict[str, Any]
     skipped: list[str] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
 
     def tensors(self, name: str) -> Tensors:
         try:
@@ -117,12 +133,24 @@ def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+_NAME = re.compile(r"step-\d+|\.step-\d+\.old")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def all_in(run: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first."""
-    found = {p.name for p in folder(run).glob("step-*") if p.is_dir()}
-    # the one whose replacement was cut short
-    found |= {p.name[1:-4] for p in folder(run).glob(".step-*.old")}
-    return [folder(run) / name for name in sorted(found, reverse=True)]
+    try:
+        names = [name for name in os.listdir(folder(run)) if _NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder(run)}: cannot be read ({error.strerror})") from None
+    # ".step-N.old" is the one whose replacement was cut short
+    found = {folder(run) / name.removeprefix(".").removesuffix(".old") for name in names}
+    return sorted(found, key=_step, reverse=True)
 
 
 def newest(run: Path) -> Checkpoint | None:
@@ -132,13 +160,15 @@ def newest(run: Path) -> Checkpoint | None:
         CheckpointError: there are some and none is whole.
     """
     skipped: list[str] = []
+    damaged: list[Path] = []
     for path in all_in(run):
         try:
             checkpoint = read(path)
         except CheckpointError as error:
             skipped.append(str(error))
+            damaged.append(path)
             continue
-        checkpoint.skipped = skipped
+        checkpoint.skipped, checkpoint.damaged = skipped, damaged
         return checkpoint
     if skipped:
         raise CheckpointError("; ".join(skipped))
@@ -148,10 +178,15 @@ def newest(run: Path) -> Checkpoint | None:
 def find(path: Path) -> Checkpoint:
     """From a checkpoint or model folder, or from a run folder: its finished model if there is one,
     else its newest whole checkpoint."""
-    here = files.present(path)
-    if not here.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
-    if (here / STATE).exists() or (here / files.MANIFEST).exists():
+    try:
+        here = files.present(path)
+        if not here.is_dir():
+            what = "a file, not a folder" if here.exists() else "no such folder"
+            raise CheckpointError(f"{path}: {what}")
+        alone = (here / STATE).exists() or (here / files.MANIFEST).exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if alone:
         return read(path)
     skipped: list[str] = []
     if files.present(path / "model").is_dir():
@@ -166,8 +201,27 @@ def find(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def prune(run: Path, keep: int) -> None:
-    for path in all_in(run)[keep:]:
+def say_skipped(saved: Checkpoint) -> None:
+    for reason in saved.skipped:
+        print(f"fastlm: skipped a damaged checkpoint: {reason}", file=sys.stderr)
+
+
+def set_aside(run: Path | None, saved: Checkpoint) -> None:
+    """Of the run that goes on from `saved`: what was skipped must not count as newer any more."""
+    for path in saved.damaged:
+        here = files.present(path)
+        if run is not None and path.parent == folder(run) and here.exists():
+            aside = path.with_name(f".{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(here, aside)
+
+
+def prune(run: Path, keep: int, written: Path) -> None:
+    """Drop all but the newest `keep` up to the one just `written`, and what was set aside."""
+    older = [path for path in all_in(run) if _step(path) <= _step(written)]
+    for path in older[keep:]:
+        files.remove_folder(path)
+    for path in folder(run).glob(".step-*.damaged"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -177,6 +231,10 @@ def require_same(saved: Checkpoint, now: dict[str, Any], allow: tuple[str, ...])
     Raises:
         UsageError: the message lists the differences.
     """
+    known = {key for part in now.values() for key in part}
+    for name in allow:
+        if name not in known:
+            raise UsageError(f"--allow-change: nothing is called {name!r}{nearest(name, known)}")
     lines = difference(saved.state["config"], now)
     refused = [line for line in lines if line.split(":")[0].split(".")[-1] not in allow]
     if refused:

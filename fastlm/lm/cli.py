@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import errors
+from . import errors, interrupt
 from .options import build_parser
 
 
@@ -92,6 +92,7 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
     start = starting.start_of(named.given(args), saved)
     settings = saved.state.get("settings", {}) if saved is not None else {}
     chosen = recipe.Recipe.of(settings if start is None else start.settings, named.given(args))
+    config = chosen.train_config()  # what is wrong with it is said before any text is read
     known = None if start is None else start.tokenizer
     if saved is not None and chosen.init is not None:
         known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
@@ -106,16 +107,17 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         model.to(ranks.device),
         data.tokens,
         data.tokenizer,
-        chosen.train_config(),
+        config,
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,
+        on_save_error=args.on_save_error,
         settings=chosen.to_json(),
         ranks=ranks,
     )
     if saved is not None:
-        for reason in saved.skipped if ranks.chief else ():
-            print(f"fastlm train: skipped a damaged checkpoint: {reason}", file=sys.stderr)
+        if ranks.chief:
+            checkpoint.say_skipped(saved)
         run.resume(saved, allow=tuple(filter(None, args.allow_change.split(","))))
         reporter.line(f"resumed from {saved.path}")
         if run.finished():
@@ -252,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, _ = _ranks()
     name = f"fastlm: rank {rank}" if rank else "fastlm"
     try:
-        code = _run(arguments)
+        with interrupt.terminable():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except errors.LMError as error:
@@ -261,8 +264,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(error.exit_code)  # a group without all its members aborts, or waits for them
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{name}: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        print(f"{name}: stopped at once; what was saved before is whole", file=sys.stderr)
         return errors.INTERRUPTED
+    except ValueError as error:
+        # of an op, about an argument that nothing here has checked before
+        if not str(error).startswith("fastlm."):
+            raise
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return errors.USAGE
     except BrokenPipeError:
         # the reader has what it wants; keep Python from failing again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,9 +12,9 @@ import torch
 from . import machine
 from .config import TrainConfig
 from .kinds import KINDS, LanguageModel
+from .optimizer import make_optimizer
 from .recipe import Recipe
 from .store import Lanes, TokenStore
-from .trainer import make_optimizer
 
 WARM_UP = 2  # steps that are compared but not timed
 

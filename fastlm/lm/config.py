@@ -48,8 +48,12 @@ class TrainConfig:
             raise UsageError(f"lr must be above 0, got {self.lr}")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1):
             raise UsageError("warmup must be in [0, 1) and floor in [0, 1]")
-        if self.weight_decay < 0 or self.clip < 0:
-            raise UsageError("weight_decay and clip must not be negative")
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.clip < math.inf):
+            raise UsageError("weight_decay and clip must be finite and not negative")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"patience must be at least 1, got {self.patience}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"seed must be in [-2**63, 2**63), got {self.seed}")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.batch % self.accumulate:

@@ -16,8 +16,8 @@ from fastlm import extension
 from . import files, machine
 
 EXTRAS = (
-    "tokenizers safetensors rich ftfy scikit-learn rouge-score datasets jinja2 matplotlib tensorboard "
-    "triton".split()
+    "tokenizers safetensors rich ftfy scikit-learn rouge-score datasets jinja2 matplotlib "
+    "tensorboard triton".split()
 )
 
 

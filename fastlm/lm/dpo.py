@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ from .errors import InputError, TrainingError
 from .interrupt import Interrupt
 from .kinds import LanguageModel
 from .objectives import DPOConfig, Encoded, objective, sequence_logprobs
+from .optimizer import make_optimizer
 from .preferences import Preference
 from .progress import Quiet, Reporter
 from .tokenizer import Tokenizer
-from .trainer import KEPT_CHECKPOINTS, make_optimizer
+from .trainer import KEPT_CHECKPOINTS
 
 ROWS = 32  # preferences scored at once
 
@@ -154,7 +155,7 @@ class DPO:
         self.reference: Tensor | None = None  # [preferences, 2]
         self._start = fingerprint(model)
         self._data = files.digest([p.to_json() for p in [*train, *test]])
-        self._metrics: TextIO | None = None
+        self._metrics: files.Lines | None = None
 
     @staticmethod
     def _split(
@@ -267,9 +268,10 @@ class DPO:
         """Train until the budget is used or a signal asks to stop."""
         if self.out is not None:
             checkpoint.require()
-            self.out.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.out)
+            files.remove_leftovers(self.out)
             files.remove_leftovers(checkpoint.folder(self.out))
-            self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = files.Lines(self.out / "metrics.jsonl")
         stopped = "interrupted"
         try:
             with Interrupt() as interrupt:
@@ -315,8 +317,7 @@ class DPO:
 
     def _record(self, event: str, values: dict[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"event": event, **values}) + "\n")
-            self._metrics.flush()
+            self._metrics.write(json.dumps({"event": event, **values}))
 
     # ---- state on disk --------------------------------------------------------------------------
 
@@ -345,7 +346,7 @@ class DPO:
         }
         path = checkpoint.folder(self.out) / checkpoint.name(self.steps)
         checkpoint.write(path, self.model.state_dict(), tensors, state, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+        checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
         return path
 
     def resume(self, saved: checkpoint.Checkpoint, *, allow: tuple[str, ...] = ()) -> None:
@@ -363,3 +364,4 @@ class DPO:
         self.judged_at = saved.state["judged_at"]
         self.order.restore(saved.state["cursor"])
         self.scores = [PreferenceScore.of(score) for score in saved.state["scores"]]
+        checkpoint.set_aside(self.out, saved)

@@ -44,8 +44,7 @@ def _resume(args: argparse.Namespace, run: DPO, reporter: Reporter) -> None:
         return
     if args.resume == "never":
         raise errors.UsageError(f"{args.out}: has checkpoints; choose another --out")
-    for reason in saved.skipped:
-        reporter.line(f"skipped a damaged checkpoint: {reason}")
+    checkpoint.say_skipped(saved)
     run.resume(saved, allow=("budget",))
     reporter.line(f"resumed from {saved.path}")
 
@@ -53,6 +52,7 @@ def _resume(args: argparse.Namespace, run: DPO, reporter: Reporter) -> None:
 def command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     checkpoint.require()
     saved = checkpoint.find(args.model)
+    checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
     settings = saved.state.get("settings", {})
     found = preferences.load(args.preferences, args.format, args.provenance)

@@ -33,6 +33,12 @@ class CheckpointError(LMError):
     exit_code = BAD_CHECKPOINT
 
 
+class OutOfSpace(LMError):
+    """The disk is full; the message says how much was needed and how much is free."""
+
+    exit_code = OUT_OF_SPACE
+
+
 class TrainingError(LMError):
     """Training cannot go on: the loss or its gradient is not finite."""
 
@@ -51,10 +57,22 @@ class MissingExtra(UsageError):
         super().__init__(f"{purpose} needs the package {package}; pip install 'fastlm[{extra}]'")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(error: BaseException) -> bool:
+    """safetensors says so in an exception of its own, which is no OSError."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    if type(error).__name__ == "SafetensorError":
+        return any(f"(os error {number})" in str(error) for number in _FULL)
+    return isinstance(error, OutOfSpace)
+
+
 def out_of_space(error: BaseException) -> bool:
     """Memory or disk ran out; PyTorch's CPU allocator says so in a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or disk_full(error):
         return True
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import OutOfSpace, disk_full
+
 MANIFEST = "manifest.json"
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 def sha256(path: Path) -> str:
@@ -38,13 +43,44 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, each on disk in the folder above it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if disk_full(error):
+            raise no_space(path, os.statvfs(missing[-1].parent).f_frsize) from None
+        raise
+    for folder in missing:
+        _sync(folder.parent)
+
+
+def require_place(path: Path) -> None:
+    """Fail before the work rather than after it when no file can be written at `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    make_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace one file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+    require_place(path)
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if disk_full(error):
+            raise no_space(path, len(text.encode())) from None
+        raise
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,25 +88,87 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def require_space(folder: Path, need: int) -> None:
-    """Fail before writing rather than in the middle."""
+class Lines:
+    """A file of lines that grows. A line cut short by a crash is dropped when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        make_folder(path.parent)
+        with path.open("ab+") as file:
+            size = end = file.tell()
+            while end:
+                start = max(0, end - (1 << 16))
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                end = start + found + 1
+                if found >= 0:
+                    break
+            if end < size:
+                file.truncate(end)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: str) -> None:
+        """One line, on its way to the disk before the next step of the caller."""
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            if disk_full(error):
+                raise no_space(self.path, len(line) + 1) from None
+            raise
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            pass  # what `write` has reported already
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """A full disk while `path` grows to a size that nobody knows before."""
+    try:
+        yield
+    except OSError as error:
+        if disk_full(error):
+            raise no_space(path, path.stat().st_size + 1) from None
+        raise
+
+
+def no_space(path: Path, need: int) -> OutOfSpace:
+    """Says how much was needed, at least, and what there is."""
+    folder = next(folder for folder in path.parents if folder.exists())
     free = shutil.disk_usage(folder).free
-    if free < 1.1 * need:
-        text = f"needs {need >> 20} MiB, {free >> 20} MiB free"
-        raise OSError(errno.ENOSPC, text, str(folder))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limited = limit != resource.RLIM_INFINITY
+    note = f", no file above {limit:,} (ulimit -f)" if limited else ""
+    return OutOfSpace(f"{path}: disk full: {need:,} bytes needed, {free:,} free{note}")
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def require_space(path: Path, need: int) -> None:
+    """Fail before writing to `path` rather than in the middle."""
+    if shutil.disk_usage(path.parent).free < 1.1 * need:
+        raise no_space(path, need)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None], *, need: int = 0) -> None:
     """Let `fill` write files into a temporary folder beside `path`, then rename it to `path`.
 
     The manifest is written last, and everything is on disk before the rename: after a crash there
-    is the old folder or the new one. A folder already at `path` is replaced.
+    is the old folder or the new one. A folder already at `path` is replaced. `need`: bytes, as far
+    as the caller knows them.
+
+    Raises:
+        OutOfSpace: before or while writing; what was at `path` is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    make_folder(path.parent)
+    require_space(path, need)
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         fill(temporary)
         names = sorted(p.name for p in temporary.iterdir())
         for name in names:
@@ -83,8 +181,24 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         _sync(temporary)
         _swap_in(temporary, path)
         _sync(path.parent)
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        written = sum(p.stat().st_size for p in temporary.glob("*"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise no_space(path, max(need, written)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Gone at once: a crash leaves a temporary folder, never half of `path`."""
+    for found in (path, _old(path)):
+        if found.exists():
+            temporary = _temporary(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.rename(found, temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _old(path: Path) -> Path:
@@ -92,9 +206,10 @@ def _old(path: Path) -> Path:
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
-    # a folder cannot be renamed over a full one; `present` finds the old one in between
-    shutil.rmtree(_old(path), ignore_errors=True)
+    # a folder cannot be renamed over a full one; `present` finds the old one in between. Where only
+    # the old one is left it stays until the new one is in place
     if path.exists():
+        shutil.rmtree(_old(path), ignore_errors=True)
         os.rename(path, _old(path))
     os.rename(temporary, path)
     shutil.rmtree(_old(path), ignore_errors=True)
@@ -105,12 +220,29 @@ def present(path: Path) -> Path:
     return _old(path) if not path.exists() and _old(path).exists() else path
 
 
+def _alive(pid: int) -> bool:
+    # what carries our own number was left by a process before us: this one is not writing now
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's process
+        pass
+    return True
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary folders of processes that died while writing here."""
+    """Delete temporary files and folders of processes that died while writing here."""
     for path in folder.glob(".*.tmp"):
-        pid = path.name.rsplit(".", 2)[-2]
-        if not (pid.isdigit() and Path("/proc", pid).exists()):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or _alive(int(match[1])):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def damage(path: Path) -> str | None:

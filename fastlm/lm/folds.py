@@ -178,6 +178,8 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 def command(args: argparse.Namespace, reporter: Reporter, print_json: Callable[[Any], None]) -> int:
     variants = list(dict.fromkeys(args.compare.split(",")))
+    if args.out is not None:
+        files.require_place(args.out)
     values = {"budget": args.budget, "vocab": args.vocab, "seed": args.seed, "data": args.data}
     runs: dict[str, dict[str, dict[str, Any]]] = {text: {} for text in variants}
 

@@ -115,8 +115,7 @@ def _print_all(pieces: Any, prompts: list[str], samples: int) -> None:
 def run(args: argparse.Namespace, print_json: Callable[[Any], None]) -> int:
     prompts = _prompts(args)
     saved = checkpoint.find(args.model)
-    for reason in saved.skipped:
-        print(f"fastlm generate: skipped a damaged folder: {reason}", file=sys.stderr)
+    checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
     if not args.quiet:
         _warn_of_context(model, tokenizer, prompts)

@@ -22,12 +22,15 @@ from .tokenizer import Tokenizer
 
 
 def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer from a run, checkpoint or model folder; the model is in eval mode.
+    """Model and tokenizer from a run, checkpoint or model folder; the model is in eval mode. What
+    is damaged and was passed over is said on stderr.
 
     Raises:
         CheckpointError: nothing there is whole; the message names the file and the reason.
     """
-    return load_checkpoint(checkpoint.find(Path(path)))
+    saved = checkpoint.find(Path(path))
+    checkpoint.say_skipped(saved)
+    return load_checkpoint(saved)
 
 
 def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokenizer]:
@@ -44,6 +47,11 @@ def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokeni
         raise CheckpointError(
             f"{saved.path / checkpoint.TOKENIZER}: {found.vocab_size} ids, the model has "
             f"{model.config.vocab_size}"
+        )
+    trained_with = saved.state["config"].get("data", {}).get("tokenizer", found.sha256)
+    if found.sha256 != trained_with:
+        raise CheckpointError(
+            f"{saved.path / checkpoint.TOKENIZER}: not the tokenizer of the model's training"
         )
     return model.eval(), found
 

@@ -13,6 +13,21 @@ from typing import Any
 SECOND_WITHIN = 5.0  # seconds
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C: temporary folders go, and the exit code is that of an interruption."""
+    before = signal.getsignal(signal.SIGTERM)
+    # whoever ignores it or handles it, or runs us beside its main thread, wants that to stay
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Interrupt:
     """`requested` turns true at the first signal; a second within 5 s raises KeyboardInterrupt."""
 

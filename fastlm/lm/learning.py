@@ -14,6 +14,7 @@ import torch
 from . import (
     checkpoint,
     errors,
+    files,
     generation,
     judging,
     labelling,
@@ -75,6 +76,7 @@ def open_model(
 ) -> tuple[LanguageModel, Tokenizer, Prepared]:
     """A model, and the text it was trained on, split as it was then."""
     saved = checkpoint.find(path)
+    checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
     settings = saved.state.get("settings", {})
     if settings.get("pairs") is not None and data is None:
@@ -111,7 +113,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _from_model(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    for name in ("count", "prompt_tokens", "tokens"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise errors.UsageError(f"--{option} must be at least 1, got {getattr(args, name)}")
     model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
+    files.require_place(args.out)
     found = rollouts.human_over_model(model, tokenizer, prepared.tokens, **_sampling(args))
     preferences.save(args.out, found)
     return _counted(args, found, reporter, print_json)
@@ -131,6 +138,7 @@ PREFS = {"label": _label, "sample": _sample, "check": _check, "from-model": _fro
 
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    checkpoint.require_free(args.out)
     _, tokenizer = generation.load(args.model)
     train = preferences.load(args.preferences, args.format, args.provenance)
     test = preferences.load(args.test, args.format, args.provenance) if args.test else None
@@ -194,13 +202,14 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
     if saved is not None:
         if args.resume == "never":
             raise errors.UsageError(f"{args.out}: has checkpoints; choose another --out")
+        checkpoint.say_skipped(saved)
         run.resume(saved, allow=("budget",))
         reporter.line(f"resumed from {saved.path}")
     reporter.line(policy.passes_of(model))
     before = compare(run.reference, tokenizer, prepared, judges)
     result = run.fit()
     if result.stopped == "interrupted":
-        reporter.line("interrupted and saved; the same command goes on")
+        print("interrupted and saved; resume with the same command", file=sys.stderr)
         return errors.INTERRUPTED
     after = compare(model, tokenizer, prepared, judges)
     alarm = over_optimised(before, after)
@@ -208,7 +217,8 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
         reporter.line(f"{name}: {before[name]:+.3f} before, {after[name]:+.3f} after")
     if alarm:
         reporter.line("OVER-OPTIMISED: the reward rose, the judge that was not optimised fell")
-    state = {"config": {"model": run.described()["model"]}, "settings": {}}
+    described = {name: run.described()[name] for name in ("model", "data")}
+    state = {"config": described, "settings": {}}
     checkpoint.write(args.out / "model", model.state_dict(), {}, state, tokenizer)
     reporter.line(f"stopped by {result.stopped}; model: {args.out / 'model'}")
     if args.json:

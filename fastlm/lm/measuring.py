@@ -156,6 +156,8 @@ def _eval_reward(
 
 
 def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    if args.samples < 0:
+        raise errors.UsageError(f"--samples must not be negative, got {args.samples}")
     saved = checkpoint.find(args.model)
     if reward.is_reward(saved):
         return _eval_reward(saved, args, reporter, print_json)
@@ -164,6 +166,7 @@ def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -
     if not args.paths:
         model, tokenizer, prepared = learning.open_model(args.model, None, None)
         return _report(args, model, tokenizer, prepared.tokens, reporter, print_json)
+    checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
     with _store_of(args.paths, tokenizer) as store:
         return _report(args, model, tokenizer, store, reporter, print_json)

@@ -6,114 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-PREFERENCES = ("auto", "fastlm", "hh", "messages", "ultrafeedback")  # as preferences.FORMATS
-UNSET: Any = argparse.SUPPRESS  # so that a resumed run knows what was typed
-
-
-def _output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress lines")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-
-
-def _train_options(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
-        parser.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
-
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=UNSET,
-        metavar="PATH",
-        help="text files or folders (default: six novels by Jane Austen)",
-    )
-    _pair_options(parser)
-    option("--init", str, "start from this run or model, with its tokenizer", "DIR")
-    option("--holdout", str, "document to hold out, or a share such as 0.1", "NAME")
-    parser.add_argument(
-        "--tokenizer", choices=("auto", "bpe", "bytes"), default=UNSET, help="default: auto"
-    )
-    option("--vocab", int, "vocabulary size of BPE (2048)")
-    parser.add_argument(
-        "--no-clean", dest="clean", action="store_false", default=UNSET, help="keep text as it is"
-    )
-    parser.add_argument(
-        "--model", choices=("gru", "transformer"), default=UNSET, help="kind of model (gru)"
-    )
-    option("--hidden", int, "width (GRU 256, Transformer 128)")
-    option("--embedding", int, "embedding width of a GRU (as --hidden)")
-    option("--layers", int, "layers (GRU 1, Transformer 2)")
-    option("--heads", int, "attention heads of a Transformer (4)")
-    option("--kv-heads", int, "heads of keys and values (as --heads)")
-    option("--ffn", int, "width inside its feed-forward part (8/3 of --hidden)")
-    option("--context", int, "tokens a prediction can depend on (as --seq)")
-    option("--z-loss", float, "weight of the squared log-sum-exp, Transformer (0)", "W")
-    parser.add_argument(
-        "--recompute",
-        action="store_true",
-        default=UNSET,
-        help="Transformer: less memory, layers run again in the backward",
-    )
-    option("--dropout", float, "dropout (0)", "P")
-    parser.add_argument("--tied", action="store_true", default=UNSET, help="tie head and embedding")
-    option("--budget", str, "90s, 10m, 500steps or 2epochs (90s)", "B")
-    option("--lr", float, "peak learning rate (4e-3; 1e-3 with --init)", "LR")
-    option("--batch", int, "rows (GRU 32, Transformer 8)")
-    option("--seq", int, "tokens per row and step (GRU 64, Transformer 128)")
-    option("--warmup", float, "share of the budget (0.02)", "P")
-    option("--floor", float, "last learning rate over the peak (0.05)", "P")
-    option("--weight-decay", float, "of matrices (0.01)", "W")
-    option("--clip", float, "largest gradient norm, 0 for none (1)", "NORM")
-    option("--patience", int, "evaluations without progress before stopping (never)")
-    option("--evals", int, "evaluations during training (10)")
-    option("--eval-tokens", int, "held-out tokens of each but the last (32768)")
-    option("--seed", int, "seed (0)")
-    option("--label-smoothing", float, "the loss that is shown has it too (0)", "E")
-    option("--accumulate", int, "parts a batch goes through in, for less memory (1)")
-    option("--precision", str, "float32 (default) or bf16: products in bfloat16", "P")
-    option("--schedule", str, "cosine (default), linear, constant or wsd", "S")
-    option("--decay", float, "share of the budget in which wsd comes down (0.2)", "P")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="these options as TOML: [data] [model] [train]",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="one key of it, such as train.lr=1e-3; over the file, under the options here",
-    )
-
-
-def _pair_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--pairs",
-        nargs="+",
-        default=UNSET,
-        metavar="FILE",
-        help="prompts and targets instead of text: JSON lines or CSV; only targets are learned",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("pairs", "qa", "translation", "summary"),
-        default=UNSET,
-        help="their columns: prompt target, question answer, source target, text summary (pairs)",
-    )
-    parser.add_argument(
-        "--group",
-        default=UNSET,
-        metavar="COLUMN",
-        help="pairs equal in it are held out together (equal prompts are)",
-    )
-    parser.add_argument(
-        "--longest", type=int, default=UNSET, metavar="N", help="tokens of a pair (512)"
-    )
-    parser.add_argument(
-        "--learn", choices=("targets", "all"), default=UNSET, help="all: the prompts too"
-    )
+from .learnoptions import dpo_command, learning_commands, prefs_commands
+from .outputoptions import output_options
+from .suggest import Parser
+from .trainoptions import training_commands
 
 
 def _reading_options(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +54,7 @@ def _reading_options(parser: argparse.ArgumentParser) -> None:
         help="leave out what shares this much of its runs of 5 words with a document before it",
     )
     parser.add_argument("--min-characters", type=int, default=1, metavar="N")
-    _output_options(parser)
+    output_options(parser)
 
 
 def _data_commands(commands: Any) -> None:
@@ -186,142 +82,6 @@ def _data_commands(commands: Any) -> None:
     _reading_options(tokenize)
 
 
-def _sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Of contexts from the corpus, and of what the model writes there."""
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="as the model was trained")
-    parser.add_argument("--holdout", metavar="NAME", help="as the model was trained")
-    parser.add_argument("--split", choices=("train", "held"), default="train")
-    parser.add_argument("--prompt-tokens", type=int, default=24, metavar="N")
-    parser.add_argument("--tokens", type=int, default=80, metavar="N", help="of each text")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
-    parser.add_argument("--seed", type=int, default=0)
-    _output_options(parser)
-
-
-def _prefs_commands(commands: Any) -> None:
-    prefs = commands.add_parser("prefs", help="preferences between two texts")
-    steps = prefs.add_subparsers(dest="step", required=True, metavar="STEP")
-
-    label = steps.add_parser("label", help="say which of two texts is better, key by key")
-    label.add_argument("questions", type=Path, help="JSON lines with prompt, a and b")
-    label.add_argument("--out", type=Path, required=True, metavar="FILE", help="answers, resumed")
-    label.add_argument("--annotator", metavar="NAME", help="default: the user's name")
-    label.add_argument("--seed", type=int, default=0, help="of which text stands first")
-    _output_options(label)
-
-    made = steps.add_parser(
-        "from-model", help="the author's text preferred to the model's; nobody judged these pairs"
-    )
-    made.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    made.add_argument("--out", type=Path, required=True, metavar="FILE")
-    made.add_argument("--count", type=int, default=4000, metavar="N")
-    _sampling_options(made)
-
-    sample = steps.add_parser("sample", help="two texts of the model each, to be judged: label")
-    sample.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    sample.add_argument("--out", type=Path, required=True, metavar="FILE")
-    sample.add_argument("--count", type=int, default=50, metavar="N")
-    _sampling_options(sample)
-
-    check = steps.add_parser("check", help="read preferences, count them by who chose")
-    check.add_argument("paths", nargs="+", metavar="FILE")
-    check.add_argument("--format", choices=PREFERENCES, default="auto")
-    check.add_argument(
-        "--provenance", metavar="KIND:NAME", help="of files without one, such as dataset:hh-rlhf"
-    )
-    check.add_argument("--out", type=Path, metavar="FILE", help="write them in fastlm's form")
-    _output_options(check)
-
-
-def _preference_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("preferences", nargs="+", metavar="FILE")
-    parser.add_argument("--format", choices=PREFERENCES, default="auto")
-    parser.add_argument("--provenance", metavar="KIND:NAME", help="of files without one")
-
-
-def _learning_commands(commands: Any) -> None:
-    reward = commands.add_parser("reward", help="train a reward model on preferences")
-    _preference_options(reward)
-    reward.add_argument("--model", type=Path, required=True, help="language model: its tokenizer")
-    reward.add_argument("--test", nargs="+", metavar="FILE", help="preferences to judge it by")
-    reward.add_argument("--out", type=Path, required=True, metavar="DIR")
-    reward.add_argument("--kind", choices=("ngrams", "gru"), default="ngrams")
-    reward.add_argument("--budget", default="20s", metavar="B")
-    reward.add_argument("--hidden", type=int, default=128, metavar="N", help="GRU width")
-    reward.add_argument("--batch", type=int, default=64, metavar="N")
-    reward.add_argument("--lr", type=float, metavar="LR")
-    reward.add_argument("--seed", type=int, default=0)
-    _output_options(reward)
-
-    rl = commands.add_parser("rl", help="policy gradient on a reward")
-    rl.add_argument("model", type=Path, help="run, checkpoint or model folder")
-    rl.add_argument("--out", type=Path, required=True, metavar="DIR")
-    rl.add_argument(
-        "--reward", required=True, metavar="DIR|MODULE:FUNCTION",
-        help="a reward model, or a function of two lists: prompts and texts",
-    )  # fmt: skip
-    rl.add_argument(
-        "--judge", type=Path, metavar="DIR", help="a second reward model that is never optimised"
-    )
-    rl.add_argument("--data", nargs="+", metavar="PATH", help="default: six novels")
-    rl.add_argument("--holdout", metavar="NAME", help="as the model was trained")
-    rl.add_argument("--resume", choices=("auto", "never"), default="auto")
-    rl.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
-
-    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
-        rl.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
-
-    option("--algorithm", str, "reinforce (default), rloo, ppo or grpo", "NAME")
-    option("--budget", str, "such as 60steps or 40s (60steps)", "B")
-    option("--batch", int, "texts an iteration (64)")
-    option("--group", int, "of them from one prompt (8)")
-    option("--prompt", int, "tokens of a prompt (24)")
-    option("--length", int, "tokens of a text (40)")
-    option("--temperature", float, "of sampling (1)", "T")
-    option("--lr", float, "learning rate (3e-4)", "LR")
-    option("--updates", int, "of the weights on the same texts, PPO and GRPO (1)")
-    option("--clip-eps", float, "PPO and GRPO (0.2)", "E")
-    option("--kl-coef", float, "penalty on the divergence from the start (0.05)", "K")
-    option("--until", float, "stop at this mean reward", "R")
-    option("--largest-kl", float, "stop beyond this divergence, nats a text", "K")
-    option("--seed", int, "seed (0)")
-    _output_options(rl)
-
-
-def _dpo_command(commands: Any) -> None:
-    dpo = commands.add_parser("dpo", help="learn from preferences, without writing in between")
-    dpo.add_argument("--model", type=Path, required=True, help="run, checkpoint or model folder")
-    dpo.add_argument("--preferences", nargs="+", required=True, metavar="FILE")
-    dpo.add_argument("--format", choices=("auto", "fastlm", "hh", "messages"), default="auto")
-    dpo.add_argument("--provenance", metavar="KIND:NAME", help="of files without one")
-    dpo.add_argument("--test", nargs="+", metavar="FILE", help="preferences to judge by")
-    dpo.add_argument(
-        "--holdout", type=float, default=0.1, metavar="SHARE",
-        help="of the prompts, to judge by where there is no --test (0.1)",
-    )  # fmt: skip
-    dpo.add_argument("--out", type=Path, required=True, metavar="DIR")
-    dpo.add_argument("--data", nargs="+", metavar="PATH", help="text to measure (the model's own)")
-    dpo.add_argument("--data-holdout", metavar="NAME", help="of it, as the model was trained")
-    dpo.add_argument("--resume", choices=("auto", "never"), default="auto")
-    dpo.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
-
-    def option(name: str, kind: Any, help: str, metavar: str = "N") -> None:
-        dpo.add_argument(name, type=kind, default=UNSET, metavar=metavar, help=help)
-
-    option("--loss", str, "dpo (default), ipo, hinge, simpo, orpo or cpo", "NAME")
-    option("--beta", float, "strength (0.1; simpo 2)", "B")
-    option("--gamma", float, "margin of simpo (0.5)", "G")
-    option("--label-smoothing", float, "chance that a label is wrong: dpo, simpo, cpo (0)", "P")
-    option("--budget", str, "such as 1epochs, 200steps or 60s (1epochs)", "B")
-    option("--batch", int, "preferences of a step (16)")
-    option("--lr", float, "peak learning rate (3e-4)", "LR")
-    option("--longest", int, "tokens of a prompt and its text (512)")
-    option("--end", str, "learn where a text ends: auto (not of human-over-model), yes, no", "E")
-    option("--evals", int, "judgements during training (4)")
-    option("--seed", int, "seed (0)")
-    _output_options(dpo)
-
-
 def _measuring_commands(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval", help="bits per byte of text by document; a reward model on preferences"
@@ -335,7 +95,7 @@ def _measuring_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--samples", type=int, default=64, metavar="N", help="texts to judge")
     evaluate.add_argument("--seed", type=int, default=0)
-    _output_options(evaluate)
+    output_options(evaluate)
 
     cv = commands.add_parser("cv", help="cross-validation: each document held out once")
     cv.add_argument("--data", nargs="+", metavar="PATH", help="default: six novels")
@@ -353,7 +113,7 @@ def _measuring_commands(commands: Any) -> None:
     cv.add_argument("--out", type=Path, metavar="FILE", help="the same as JSON, after every fold")
     cv.add_argument("--vocab", type=int, default=2048, metavar="N")
     cv.add_argument("--seed", type=int, default=0)
-    _output_options(cv)
+    output_options(cv)
 
     summarize = commands.add_parser("summarize", help="the sentences that tell most of a text")
     summarize.add_argument("model", type=Path, help="run, checkpoint or model folder")
@@ -380,57 +140,7 @@ def _measuring_commands(commands: Any) -> None:
     summarize.add_argument("--holdout", metavar="SHARE", help="as in training (default: as there)")
     summarize.add_argument("--split", choices=("held", "train", "all"), default="held")
     summarize.add_argument("--count", type=int, metavar="N", help="only the first of them")
-    _output_options(summarize)
-
-
-def _training_commands(commands: Any) -> None:
-    train = commands.add_parser("train", help="train a model on text", allow_abbrev=False)
-    train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
-    train.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|DIR",
-        help="auto: continue what is in --out (default); options not given are taken from there",
-    )
-    train.add_argument(
-        "--allow-change",
-        default="",
-        metavar="NAME,...",
-        help="options that may differ from the checkpoint, such as budget or lr",
-    )
-    train.add_argument("--save-every", type=float, default=30.0, metavar="S", help="seconds (30)")
-    train.add_argument("--dry-run", action="store_true", help="the settings and the plan, no more")
-    train.add_argument(
-        "--tensorboard", action="store_true", help="event files beside metrics.jsonl, in --out"
-    )
-    train.add_argument(
-        "--log-every",
-        type=float,
-        default=5.0,
-        metavar="S",
-        help="seconds between two lines (5)",
-    )
-    train.add_argument(
-        "--parallel",
-        choices=("ddp", "fsdp2"),
-        help="under torchrun: whole parameters on every rank (ddp, the default) or parts",
-    )
-    _train_options(train)
-    _output_options(train)
-
-    plan = commands.add_parser(
-        "plan", help="parameters, memory and time of a training run", allow_abbrev=False
-    )
-    plan.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="such as 8GiB: choose width and depth that fit into it and into --budget",
-    )
-    plan.add_argument(
-        "--measure", action="store_true", help="run a few steps and say what they took"
-    )
-    _train_options(plan)
-    _output_options(plan)
+    output_options(summarize)
 
 
 def _generate_command(commands: Any) -> None:
@@ -481,11 +191,11 @@ def _generate_command(commands: Any) -> None:
         metavar="TEXT",
         help="end before this text; may be given several times",
     )
-    _output_options(generate)
+    output_options(generate)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastlm",
         description="Train, sample and measure language models on fused kernels.",
         epilog="exit codes: 0 ok, 1 criterion failed, 2 usage, 3 bad input, 4 bad checkpoint, "
@@ -502,22 +212,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget", metavar="B", help="of all phases, such as 10m; steps or epochs: of training"
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    _output_options(demo)
+    output_options(demo)
 
-    _training_commands(commands)
+    training_commands(commands)
 
     _generate_command(commands)
     _data_commands(commands)
-    _prefs_commands(commands)
-    _learning_commands(commands)
-    _dpo_command(commands)
+    prefs_commands(commands)
+    learning_commands(commands)
+    dpo_command(commands)
     _measuring_commands(commands)
     commands.add_parser("bench", help="benchmarks: model, recall; each has --help", add_help=False)
 
     report = commands.add_parser("report", help="one self-contained page of a run")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of a demo or a training run")
-    _output_options(report)
+    output_options(report)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what each op runs here")
-    _output_options(doctor)
+    output_options(doctor)
     return parser

@@ -48,6 +48,8 @@ def summarize_command(args: argparse.Namespace, reporter: Reporter, print_json: 
     if args.pairs is not None:
         return _summarize_pairs(args, reporter, print_json)
     model, tokenizer = generation.load(args.model)
+    if Path(args.path).is_dir():
+        raise errors.InputError(f"{args.path}: a folder, one text is expected")
     ((_, pieces),) = sources.read([args.path], sources.Reading("text"))
     text = data.clean(sources.text_of(pieces))[0]
     (summary,) = _summaries(args, model, tokenizer, [text], SENTENCES)

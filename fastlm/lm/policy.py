@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,11 @@ from .errors import TrainingError, UsageError
 from .interrupt import Interrupt
 from .judging import Reward, judged
 from .kinds import LanguageModel
+from .optimizer import make_optimizer
 from .progress import Quiet, Reporter
 from .store import TokenStore
 from .tokenizer import Tokenizer
-from .trainer import KEPT_CHECKPOINTS, make_optimizer
+from .trainer import KEPT_CHECKPOINTS
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo")
 
@@ -177,7 +178,7 @@ class PolicyGradient:
         self.iterations, self.seconds = 0, 0.0
         self.history: list[Iteration] = []
         self._warned = False
-        self._metrics: TextIO | None = None
+        self._metrics: files.Lines | None = None
 
     # ---- one iteration --------------------------------------------------------------------------
 
@@ -272,23 +273,22 @@ class PolicyGradient:
         """Iterate until the budget is used, a stop rule holds, or a signal asks to stop."""
         if self.out is not None:
             checkpoint.require()
-            self.out.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.out)
+            files.remove_leftovers(self.out)
             files.remove_leftovers(checkpoint.folder(self.out))
-            self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
-        stopped = "budget"
+            self._metrics = files.Lines(self.out / "metrics.jsonl")
+        # a run that died between its last save and its end has nothing left to do
+        stopped = self._stop(self.history[-1]) if self.history else None
         saved_at = time.perf_counter()
         try:
             with Interrupt() as interrupt:
-                while self.budget.share(self.iterations, self.seconds) < 1.0:
+                while stopped is None and self.budget.share(self.iterations, self.seconds) < 1.0:
                     done = self.step()
                     self.seconds += done.seconds
                     self.history.append(done)
                     self._show(done)
-                    if found := self._stop(done):
-                        stopped = found
-                        break
-                    if interrupt.requested:
-                        stopped = "interrupted"
+                    stopped = self._stop(done) or ("interrupted" if interrupt.requested else None)
+                    if stopped is not None:
                         break
                     if self.out is not None and time.perf_counter() - saved_at >= self.save_every:
                         self.save()
@@ -299,12 +299,11 @@ class PolicyGradient:
             if self._metrics is not None:
                 self._metrics.close()
                 self._metrics = None
-        return PolicyResult(stopped, self.iterations, self.seconds, self.history)
+        return PolicyResult(stopped or "budget", self.iterations, self.seconds, self.history)
 
     def _show(self, done: Iteration) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"event": "iteration", **asdict(done)}) + "\n")
-            self._metrics.flush()
+            self._metrics.write(json.dumps({"event": "iteration", **asdict(done)}))
         self.reporter.line(str(done))
         if self.on_iteration is not None:
             self.on_iteration(done)
@@ -331,7 +330,7 @@ class PolicyGradient:
             "history": [asdict(done) for done in self.history],
         }
         checkpoint.write(path, self.model.state_dict(), tensors, found, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+        checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
         return path
 
     def resume(self, saved: checkpoint.Checkpoint, *, allow: tuple[str, ...] = ()) -> None:
@@ -350,3 +349,4 @@ class PolicyGradient:
         )
         self.iterations, self.seconds = saved.state["iterations"], saved.state["seconds"]
         self.history = [Iteration(**entry) for entry in saved.state["history"]]
+        checkpoint.set_aside(self.out, saved)

@@ -28,7 +28,7 @@ from . import files
 from .budget import Budget, learning_rate
 from .kinds import LanguageModel
 from .model import GRULM, parameter_count
-from .trainer import make_optimizer
+from .optimizer import make_optimizer
 from .transformer import TransformerLM
 
 IGNORED = -100

@@ -26,10 +26,10 @@ import fastlm.nn
 from . import checkpoint, metrics, tokenizer
 from .budget import Budget, learning_rate
 from .errors import CheckpointError, InputError, TrainingError, UsageError
+from .optimizer import make_optimizer
 from .preferences import Preference
 from .progress import Quiet, Reporter
 from .tokenizer import Tokenizer
-from .trainer import make_optimizer
 
 LONGEST = 256  # tokens of a prompt and its continuation; a prompt loses its beginning
 ROWS = 256  # scored at once

@@ -61,8 +61,8 @@ class Reading:
         if self.format not in FORMATS:
             raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "".encode(self.encoding)  # which refuses codecs from bytes to bytes, such as zip
+        except (LookupError, ValueError):
             raise UsageError(f"unknown encoding {self.encoding!r}") from None
 
 
@@ -169,7 +169,10 @@ def _decoded(path: Path, encoding: str, counts: Counter[str]) -> Pieces:
     def decode(block: bytes, final: bool = False) -> str:
         # each reader has its own counter, and another one may have registered since
         codecs.register_error(bad.NAME, bad)
-        return decoder.decode(block, final)
+        try:
+            return decoder.decode(block, final)
+        except UnicodeError as error:
+            raise InputError(f"{path}: not {encoding.upper()} ({error})") from None
 
     def look(text: str) -> str:
         nonlocal nul, blank

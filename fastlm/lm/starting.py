@@ -62,6 +62,7 @@ def start_from(path: Path) -> Start:
         CheckpointError: nothing whole is there, or no language model.
     """
     saved = checkpoint.find(path)
+    checkpoint.say_skipped(saved)
     names = {made.__name__: kind for kind, both in KINDS.items() for made in both}
     try:
         model = dict(saved.state["config"]["model"])

@@ -132,7 +132,7 @@ def build(
 
     unusable = leave_out if keep.unusable else None
     documents: list[tuple[str, int, int]] = []
-    with (folder / TEXT).open("wb") as file:
+    with files.room_for(folder / TEXT), (folder / TEXT).open("wb") as file:
         for name, pieces in sources.read(paths, reading, tally, unusable):
             report.read += 1
             start = file.tell()

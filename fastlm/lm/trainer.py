@@ -5,30 +5,34 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import anomaly, checkpoint, distributed, files, gradients, machine, sharding
+from . import anomaly, checkpoint, distributed, files, gradients, machine, sharding, trainstate
 from .budget import Budget, learning_rate
-from .config import TrainConfig, difference
+from .config import TrainConfig
 from .diagnosis import verdict
-from .errors import TrainingError, UsageError
+from .errors import OutOfSpace, TrainingError, UsageError
 from .evaluation import Score, evaluate, sample
 from .interrupt import Interrupt
 from .kinds import LanguageModel
+from .optimizer import make_optimizer
 from .pairs import PairStore
 from .progress import Progress, Quiet, Reporter
 from .sinks import Callbacks, Sink
 from .store import Batches, TokenStore
 from .tokenizer import Tokenizer
+from .trainstate import Counters
 
 MAX_BAD_STEPS = 3
 KEPT_CHECKPOINTS = 2
@@ -49,34 +53,12 @@ class Result:
     checkpoint: Path | None
 
 
-@dataclass
-class Counters:
-    """Everything scalar that a resumed run continues from."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    evals: int = 0
-    skipped: int = 0
-    loss_ema: float = 0.0
-    best: float = float("inf")
-    since_best: int = 0
-
-
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; biases and other vectors are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
 class Trainer(Callbacks):
     """Train `model` on the "train" split of `store`, scored on its "held" split.
 
     Args:
         out: run folder for checkpoints and metrics.jsonl; None keeps nothing on disk.
+        on_save_error: "stop", or "warn" to train on when the disk is full between two saves.
         settings: stored in every checkpoint for whoever resumes; not compared.
         on_step: called with the number of finished steps; for tests and callbacks.
         ranks: this process among several, from `distributed.connected`.
@@ -92,6 +74,7 @@ class Trainer(Callbacks):
         out: Path | str | None = None,
         reporter: Reporter | None = None,
         save_every: float = 30.0,
+        on_save_error: str = "stop",
         settings: dict[str, Any] | None = None,
         on_step: Callable[[int], None] | None = None,
         ranks: distributed.Ranks | None = None,
@@ -105,6 +88,7 @@ class Trainer(Callbacks):
         self.out = None if out is None else Path(out)
         self.reporter = reporter if reporter and self.ranks.chief else Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
+        self.on_save_error = on_save_error
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         self.ranks.adopt(self.optimizer)
         batches = store.batches(batch=config.batch, length=config.seq, seed=config.seed)
@@ -118,10 +102,10 @@ class Trainer(Callbacks):
         self.best_model: checkpoint.Tensors | None = None
         self._bad_in_a_row = 0
         self._resumed = False
-        self._metrics: TextIO | None = None
+        self._metrics: files.Lines | None = None
         totals = store.totals("train")
         self._bits_per_nat = totals["tokens"] / totals["bytes"] / math.log(2)
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         if out is not None:
             checkpoint.require()
 
@@ -135,40 +119,17 @@ class Trainer(Callbacks):
             "data": {"tokenizer": self.tokenizer.sha256, "tokens": self.store.sha256},
         }
 
-    def _training_tensors(self) -> tuple[checkpoint.Tensors, dict[str, Any]]:
-        tensors = self.ranks.whole(checkpoint.optimizer_tensors(self.optimizer))
-        if (hidden := self.ranks.together(self.hidden)) is not None:
-            tensors["hidden"] = hidden
-        if self.best_model is not None:
-            tensors |= {f"best.{name}": value for name, value in self.best_model.items()}
-        generators, random_json = self.ranks.random_state()
-        return tensors | generators, random_json
-
     def save(self) -> Path:
         """Write a checkpoint of the current step and drop all but the newest ones."""
         assert self.out is not None
-        training, random_json = self._training_tensors()
-        state = {
-            "config": self.described(),
-            "settings": self.settings,
-            "counters": asdict(self.counters),
-            "cursor": self.lanes.state(),
-            "scores": [asdict(score) for score in self.scores],
-            "train_curve": self.train_curve,
-            "random": random_json,
-            "machine": self._machine(),
-        }
+        training, state = trainstate.capture(self)
         model = self.ranks.whole(self.model.state_dict())
         path = checkpoint.folder(self.out) / checkpoint.name(self.counters.steps)
         if self.ranks.chief:
             checkpoint.write(path, model, training, state, self.tokenizer)
-            checkpoint.prune(self.out, KEPT_CHECKPOINTS)
+            checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
             self.emit("save", path)
         return path
-
-    def _machine(self) -> dict[str, Any]:
-        threads = torch.get_num_threads()
-        return {"torch": torch.__version__, "threads": threads, **self.ranks.described()}
 
     def save_model(self, path: Path, score: Score) -> None:
         """The model alone, for generating."""
@@ -186,33 +147,8 @@ class Trainer(Callbacks):
         Raises:
             UsageError: the configuration differs elsewhere; the message lists the differences.
         """
-        before = saved.state["config"]
-        # a checkpoint does not name the options that came after it
-        before["train"] = {**asdict(TrainConfig()), **before["train"]}
-        checkpoint.require_same(saved, self.described(), allow)
-        checkpoint.load_parameters(self.model, saved)
-        tensors = saved.tensors(checkpoint.TRAINING)
-        checkpoint.load_optimizer(self.optimizer, tensors)
-        hidden = self.ranks.own(tensors.get("hidden"))
-        self.hidden = None if hidden is None else hidden.to(self._device)
-        best = {
-            name.removeprefix("best."): value
-            for name, value in tensors.items()
-            if name.startswith("best.")
-        }
-        self.best_model = best or None
-        self.counters = Counters(**saved.state["counters"])
-        self.lanes.restore(saved.state["cursor"])
-        self.scores = [Score(**score) for score in saved.state["scores"]]
-        self.train_curve = list(saved.state.get("train_curve", ()))
-        if not self.ranks.restore_random_state(tensors, saved.state["random"]):
-            self._seed()
+        trainstate.restore(self, saved, allow)
         self._resumed = True
-        before = {**distributed.Ranks().described(), **saved.state["machine"]}
-        for line in difference(before, self._machine()):
-            anew = line.startswith("ranks") and self.model.config.dropout
-            effect = "dropout takes other places" if anew else "the last bits may differ"
-            self.reporter.line(f"note: {line} since the checkpoint; {effect}")
 
     def finished(self) -> bool:
         return self.budget.share(self.counters.steps, self.counters.seconds) >= 1.0
@@ -222,8 +158,18 @@ class Trainer(Callbacks):
             sink.record(event, self.counters.steps, values)
         if self._metrics is not None:
             line = {"event": event, "step": self.counters.steps, **values}
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
+            with self._room():
+                self._metrics.write(json.dumps(line))
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """A full disk ends the run, or is said where `on_save_error` is "warn"."""
+        try:
+            yield
+        except OutOfSpace as error:
+            if self.on_save_error != "warn":
+                raise
+            print(f"fastlm: warning: not saved: {error}", file=sys.stderr)
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -235,7 +181,7 @@ class Trainer(Callbacks):
         """
         counters, config = self.counters, self.config
         tokens, targets, fresh = self.lanes.next()
-        tokens, targets = tokens.to(self._device), targets.to(self._device)
+        tokens, targets = tokens.to(self.device), targets.to(self.device)
         share = self.budget.share(counters.steps, counters.seconds)
         rate = learning_rate(
             config.lr, share, config.warmup, config.floor, config.schedule, config.decay
@@ -299,6 +245,7 @@ class Trainer(Callbacks):
         self.train_curve.append(self.counters.loss_ema)
         counters = self.counters
         counters.evals += 1
+        counters.evaluated = counters.steps
         if score.bits_per_byte < counters.best:
             counters.best, counters.since_best = score.bits_per_byte, 0
             if self.config.patience is not None:
@@ -314,14 +261,15 @@ class Trainer(Callbacks):
     def fit(self) -> Result:
         """Train until the budget is used, patience runs out, or a signal asks to stop."""
         if not self._resumed:
-            self._seed()
+            self.seed()
         self.ranks.require_same([self.described(), self.counters.steps])
         if self.out is not None and self.ranks.chief:
-            self.out.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.out)
+            files.remove_leftovers(self.out)
             files.remove_leftovers(checkpoint.folder(self.out))
-            self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = files.Lines(self.out / "metrics.jsonl")
         self._record("resume" if self._resumed else "start", config=self.described())
-        if note := gradients.slow_precision(self._device, self.config.precision):
+        if note := gradients.slow_precision(self.device, self.config.precision):
             self.reporter.line(note)
         self.model.train()
         try:
@@ -337,21 +285,28 @@ class Trainer(Callbacks):
                 self._metrics.close()
                 self._metrics = None
 
-    def _seed(self) -> None:
+    def seed(self) -> None:
+        """Of everything that draws: dropout, and what a caller may use."""
         seed = self.ranks.seed(self.config.seed, self.counters.steps)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.counters.since_best >= patience
+
     def _loop(self, interrupt: Interrupt) -> str:
         counters, config = self.counters, self.config
         already, started = counters.seconds, time.perf_counter()
         saved_at, durations = started, deque[float](maxlen=SPEED_WINDOW)
+        if self._out_of_patience():  # as the checkpoint says
+            return "patience"
         while (share := self.budget.share(counters.steps, counters.seconds)) < 1.0:
             # the last of the evaluations is the one at the end
             if share >= (counters.evals + 1) / config.evals:
                 self._evaluate(config.eval_tokens)
-                if config.patience is not None and counters.since_best >= config.patience:
+                if self._out_of_patience():
                     return "patience"
             before = time.perf_counter()
             loss = self.step()
@@ -370,7 +325,8 @@ class Trainer(Callbacks):
             if stop:
                 return "interrupted"
             if due:
-                self.save()
+                with self._room():
+                    self.save()
                 saved_at = time.perf_counter()
         return "budget"
 
@@ -378,7 +334,7 @@ class Trainer(Callbacks):
         counters, sizes = self.counters, self.model.config
         speed = steps_per_second * self.lanes.tokens_per_step
         idle = 6 * sizes.hidden_size * sizes.vocab_size * (1.0 - self.lanes.learned_share)
-        rate = machine.gemm_rate(device=self._device, precision=self.config.precision)
+        rate = machine.gemm_rate(device=self.device, precision=self.config.precision)
         rate *= self.ranks.world
         progress = Progress(
             step=counters.steps,
@@ -390,7 +346,7 @@ class Trainer(Callbacks):
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=speed,
             mfu=speed * (sizes.flops_per_token() - idle) / rate,
-            peak_bytes=machine.peak_memory(self._device),
+            peak_bytes=machine.peak_memory(self.device),
             seconds_left=self.budget.seconds_left(counters.steps, counters.seconds),
         )
         self._record("step", seconds=counters.seconds, **asdict(progress))
@@ -412,7 +368,8 @@ class Trainer(Callbacks):
 
     def _finish(self, stopped: str) -> Result:
         score, words, path = None, "", None
-        if stopped == "budget":
+        # a run that died between its last save and its end has done it
+        if stopped == "budget" and self.counters.evaluated != self.counters.steps:
             self._evaluate(self.config.eval_tokens)
         if self.out is not None:
             path = self.save()
