@@ -1,7 +1,11 @@
 """Compiles what ops launch for GPUs that need not be here, and says what each kernel takes.
 
-    python tests/triton_compile.py [--all]    one JSON object per kernel and GPU; of attention a
-                                              part of its table of tiles, or all of it
+    python tests/triton_compile.py                  one JSON object per kernel and GPU; of attention
+                                                    a part of its table of tiles
+    python tests/triton_compile.py --all [WORD...]  every entry of the tables with each pair of
+                                                    options; prints what is wrong, then a summary
+
+WORD keeps the entries that it names: attention, sm_80, D128, 32-bit, scores.
 
 Run without TRITON_INTERPRET. The launches are those that the ops' own launchers make, on CPU
 tensors, with a recorder in the kernel's place; arguments are specialised as Triton does it.
@@ -9,11 +13,13 @@ tensors, with a recorder in the kernel's place; arguments are specialised as Tri
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_cover import BITS, KINDS, SIZES, attention_call, attention_cases, most
 
 CAPABILITIES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,7 +41,18 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+# bytes of shared memory that a block can have: the least of what sm_80's kernels run on, and
+# sm_90's; registers of a multiprocessor
+SHARED = {80: 101376, 90: 232448}
+REGISTERS = 65536
+# of a multiprocessor: one waits for memory while the other computes. A tile of attention fills the
+# registers, and loads the next one while it computes
+BLOCKS_AT_ONCE = {"attention": 1}
+# rows of a product at least for the instructions of sm_90: a program that owns fewer rows or keys,
+# because a head of 256 leaves no registers for more, uses those of sm_80
+LEAST_ROWS = 64
 
 
 class Recorder:
@@ -94,10 +112,10 @@ def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSou
 
 
 def resources(
-    op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int, disassemble: bool
+    op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int
 ) -> Any:
-    """Registers, stack and local memory a thread, shared memory a block, in bytes; and the
-    instructions of tensor cores, where asked for."""
+    """Registers, stack and local memory a thread, shared memory a block, in bytes; and how many
+    products stand in the code for tensor cores of sm_90, and of sm_80."""
     kernel, _args, named = launch
     options = {name: named[name] for name in OPTIONS if name in named}
     source = _source_of(launch)
@@ -108,17 +126,13 @@ def resources(
         file.flush()
         dump = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-        code = ""
-        if disassemble:
-            dump = [str(TOOLS / "nvdisasm"), "-c", file.name]
-            code = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     assert found, text
     registers, stack, shared, local = map(int, found.groups())
-    return {
+    kernel_found = {
         "op": op,
         "kernel": kernel.fn.__name__,
-        "products": {n: len(re.findall(rf"\b{n}\.", code)) for n in ("HGMMA", "HMMA", "FFMA")},
+        "products": {n: compiled.asm["ptx"].count(n) for n in ("wgmma.mma_async", "mma.sync")},
         "capability": capability,
         "arguments": {k: v for k, v in source.signature.items() if v != "constexpr"},
         "constants": {".".join(map(str, k)): v for k, v in _named(source).items()},
@@ -130,6 +144,33 @@ def resources(
         "threads": 32 * named.get("num_warps", 4),
         "tiles": [named.get(n) for n in ("ROWS", "KEYS", "num_warps", "STAGES")],
     }
+    return {**kernel_found, "objections": objections(kernel_found)}
+
+
+def objections(kernel: dict[str, Any]) -> list[str]:
+    found = []
+    if kernel["stack"] or kernel["local"]:
+        found.append("spills")
+    if kernel["shared"] > SHARED[kernel["capability"]]:
+        found.append("takes too much shared memory")
+    at_once = BLOCKS_AT_ONCE.get(kernel["op"], 2) * kernel["threads"]
+    if at_once * kernel["registers"] > REGISTERS:
+        found.append("takes too many registers")
+    if kernel["op"] == "attention" and _without_products(kernel):
+        found.append("has no product on tensor cores")
+    return found
+
+
+def _without_products(kernel: dict[str, Any]) -> bool:
+    """Whether a kernel that takes products takes them without the tensor cores that it could."""
+    counts, constants = kernel["products"], kernel["constants"]
+    if kernel["kernel"] not in ATTENTION or "q" not in kernel["arguments"]:
+        return False
+    if kernel["arguments"]["q"] == "*fp32" and constants["PRECISION"] == "ieee":
+        return False
+    owned = kernel["tiles"][1 if kernel["kernel"] == "dkdv_kernel" else 0]
+    hopper = kernel["capability"] == 90 and owned >= LEAST_ROWS
+    return counts["wgmma.mma_async" if hopper else "mma.sync"] == 0
 
 
 def _named(source: ASTSource) -> dict[Any, Any]:
@@ -221,68 +262,39 @@ def embedding_gru() -> Iterator[Any]:
         output, h_n, gates = kernels.forward(table, where, reset, w_hh, b_hh, None, *layout)
         saved = (torch.empty_like(output), h_n, where, tokens, reset, w_hh, None, output, gates)
         kernels.backward(*saved, *layout)
-    seen = set()
-    for launch in recorder.launches:
-        # steps differ in numbers that are not specialised
-        if (key := _source_of(launch).hash()) not in seen:
-            seen.add(key)
-            yield launch
+    # steps differ in numbers that are not specialised
+    yield from unlike(recorder.launches)
 
 
 ATTENTION = ("forward_kernel", "dkdv_kernel", "dq_kernel")
-# head sizes, dtype and the options that choose tiles, the most of each kind
-KINDS = ("causal", "band", "scores", "all")
+# head sizes, kinds and dtypes that are compiled each time, the most of each kind
 SOME = {
-    # not float32 with "all": its bias kernel spills 8 bytes, which --all shows
-    80: [(128, "bfloat16", "causal"), (64, "float32", "scores")],
+    80: [(128, "causal", "bfloat16"), (64, "scores", "float32")],
     90: [
-        (64, "bfloat16", "causal"),
-        (128, "bfloat16", "causal"),
-        (128, "float16", "band"),
-        (256, "bfloat16", "scores"),
-        (128, "bfloat16", "all"),
+        (64, "causal", "bfloat16"),
+        (128, "causal", "bfloat16"),
+        (128, "band", "float16"),
+        (256, "scores", "bfloat16"),
+        (128, "all", "bfloat16"),
     ],
 }
-EVERY = [
-    (size, dtype, kind)
-    for size in (64, 128, 256)
-    for dtype in ("bfloat16", "float32")
-    for kind in KINDS
-]
 
 
-def _attention_options(kind: str, rows: int, heads: int) -> tuple[Any, ...]:
-    """The arguments behind q, k and v; "band" in a packed batch, the others dense."""
-    starts = torch.zeros(5, dtype=torch.int32) if kind == "band" else None
-    numbers = (0.125, -1 if kind == "causal" else 100, 0)
-    if kind in ("causal", "band"):
-        return (
-            None,
-            None,
-            starts,
-            starts,
-            None,
-            torch.empty(heads),
-            None,
-            None,
-            *numbers,
-            0.0,
-            0.0,
-        )
-    lo = torch.zeros(1, 1, rows, dtype=torch.int32)
-    extra: tuple[Any, ...] = (torch.empty(heads), torch.empty(heads), None, None)
-    drop = 0.0
-    if kind == "all":
-        bias, seed = torch.empty(1, heads, rows, rows), torch.zeros((), dtype=torch.int64)
-        extra, drop = (*extra[:2], bias, seed), 0.1
-    return (lo, lo, None, None, *extra, *numbers, 30.0, drop)
-
-
-def attention(capability: int, everything: bool) -> Iterator[Any]:
-    """The table of tiles, with the most that a kind of mask and scores may hold."""
+def attention(capability: int, everything: bool, words: list[str]) -> Iterator[Any]:
+    """Of some entries of the table of tiles the most that a call may ask for; or, of every entry
+    whose label has the words, each pair of options."""
     from fastlm.ops.attention import triton_backward, triton_bias, triton_forward, triton_rows
     from fastlm.ops.attention import triton_kernels as shared
 
+    if not everything:
+        cases = [most(size, kind, (dtype, "ieee")) for size, kind, dtype in SOME[capability]]
+    else:
+        cases = [
+            case
+            for size, bits, kind in itertools.product(SIZES, BITS, KINDS)
+            if set(words) <= {"attention", f"sm_{capability}", f"D{size}", f"{bits}-bit", kind}
+            for case in attention_cases(size, bits, kind)
+        ]
     names = {
         triton_forward: ("forward_kernel",),
         triton_backward: ("dkdv_kernel", "dq_kernel"),
@@ -290,28 +302,29 @@ def attention(capability: int, everything: bool) -> Iterator[Any]:
         triton_bias: ("bias_kernel",),
     }
     recorders = [Recorder(module, *kernels) for module, kernels in names.items()]
-    before, shared.capability = shared.capability, lambda _: capability
-    rows, heads = 1024, 16
-    for size, dtype, kind in EVERY if everything else SOME[capability]:
-        batch = 1 if kind == "band" else 2
-        q = torch.empty(batch, rows, heads, size, dtype=getattr(torch, dtype))
-        k = torch.empty(batch, rows, heads // 2, size, dtype=q.dtype)
-        given = _attention_options(kind, rows, heads)
-        lse = torch.empty(batch, heads, rows)
-        triton_forward.forward(q, k, k, *given)
-        needs = [kind in ("scores", "all"), True, kind == "all"]
-        triton_backward.backward(q, lse, q, k, k, q, lse, *given, needs)
-    shared.capability = before
-    seen = set()
+    before = shared.capability, shared.precision
+    shared.capability = lambda _: capability
+    for case in cases:
+        shared.precision = lambda _, case=case: case["way"][1]
+        (q, k, v), given, needs = attention_call(case)
+        out, lse = triton_forward.forward(q, k, v, *given)
+        dlse = lse if case["dlse"] else None
+        triton_backward.backward(out, dlse, q, k, v, out, lse, *given, needs)
+    shared.capability, shared.precision = before
     for recorder, (module, kernels) in zip(recorders, names.items(), strict=True):
         for name in kernels:
             setattr(module, name, getattr(module, name).kernel)
-        for launch in recorder.launches:
-            # the small kernels of one kind are those of another
-            key = str([launch[0].fn.__name__, _source_of(launch).hash(), launch[2].get("STAGES")])
-            if key not in seen:
-                seen.add(key)
-                yield launch
+        yield from unlike(recorder.launches)
+
+
+def unlike(launches: list[Any]) -> Iterator[Any]:
+    """Those that are not compiled to the same as one before."""
+    seen = set()
+    for launch in launches:
+        options = [launch[2].get(name) for name in OPTIONS]
+        if (key := str([_source_of(launch).hash(), options])) not in seen:
+            seen.add(key)
+            yield launch
 
 
 def decode_attention() -> Iterator[Any]:
@@ -342,17 +355,36 @@ def _source_of(launch: Any) -> ASTSource:
     return _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
 
 
-def main() -> None:
-    everything = "--all" in sys.argv[1:]
+def launches(words: list[str], everything: bool) -> Iterator[tuple[str, int, Any]]:
+    """Op, GPU and launch; all of them, or those that the words name."""
     for capability in CAPABILITIES:
-        for launch in attention(capability, everything):
-            disassemble = launch[0].fn.__name__ in ATTENTION
-            print(json.dumps(resources("attention", launch, capability, disassemble)), flush=True)
-    for launches in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
-        for launch in launches():
+        for launch in attention(capability, everything, words):
+            yield "attention", capability, launch
+    for of_op in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
+        for launch in of_op():
             for capability in CAPABILITIES:
-                found = resources(launches.__name__, launch, capability, False)
-                print(json.dumps(found), flush=True)
+                if set(words) <= {of_op.__name__, f"sm_{capability}"}:
+                    yield of_op.__name__, capability, launch
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word != "--all"]
+    everything = "--all" in sys.argv[1:]
+    since, found = time.perf_counter(), []
+    for op, capability, launch in launches(words, everything):
+        found.append(resources(op, launch, capability))
+        if not everything or found[-1]["objections"]:
+            print(json.dumps(found[-1]), flush=True)
+    if everything:
+        bad = sum(bool(kernel["objections"]) for kernel in found)
+        most_registers = max(kernel["registers"] for kernel in found)
+        spilled = sum(bool(kernel["stack"] or kernel["local"]) for kernel in found)
+        seconds = time.perf_counter() - since
+        print(
+            f"{len(found)} kernels, at most {most_registers} registers, {spilled} spill, "
+            f"{bad} with an objection; {seconds:.0f} s"
+        )
+        sys.exit(bad > 0)
 
 
 if __name__ == "__main__":

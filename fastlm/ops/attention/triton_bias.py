@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .mask import coordinates, row_bounds
 from .reference import Options
-from .triton_kernels import FAR, VARYING, Call, by, kept, load, score
+from .triton_kernels import FAR, REGISTERS, VARYING, Call, by, kept, load, score
 
 
 def _tile(size: int, itemsize: int) -> tuple[int, int, int]:
@@ -176,6 +176,7 @@ def dbias(call: Call, saved: tuple[Tensor, ...], given: Options) -> Tensor:
         KEYS=tile_keys,
         num_warps=warps,
         num_stages=2,
+        maxnreg=REGISTERS,
         **{name: value for name, value in numbers.items() if name not in left_out},
     )
     return found

@@ -14,8 +14,10 @@ from .reference import Options
 from .triton_kernels import (
     LOG2E,
     VARYING,
+    aligned,
     bias_of,
     by,
+    first_columns,
     intervals,
     kept,
     key_tiles,
@@ -23,7 +25,6 @@ from .triton_kernels import (
     load,
     locate,
     prepare,
-    rows_last,
     schedule,
     score,
 )
@@ -161,15 +162,16 @@ def forward_kernel(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
-    out = q.new_empty(batch, rows, heads, v.shape[3])
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = (rows_last(x) for x in (q, k, v))
+    if lse.numel() * v.shape[3] == 0:
+        return q.new_empty(batch, rows, heads, v.shape[3]), lse
+    size_v = v.shape[3]
+    q, k, v = (aligned(x) for x in (q, k, v))
+    out = q.new_empty(batch, rows, heads, v.shape[3])
     call = prepare(q, k, v, Options(*given))
     shape = call.entry.forward
     reads = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
     args = (out, lse, q, k, v, call.mask, call.extra, by(q), by(k), by(v), call.per)
     with on_device(q):
         launch(call, forward_kernel, shape, (rows, shape.rows), (batch * heads, reads), args)
-    return out, lse
+    return first_columns(out, size_v), lse
