@@ -29,7 +29,18 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_cover import BITS, KINDS, SIZES, attention_call, attention_cases, most
+from triton_cover import (
+    BITS,
+    KINDS,
+    SIZES,
+    attention_call,
+    attention_cases,
+    decode_calls,
+    embedding_gru_calls,
+    most,
+    row_statistics_calls,
+)
+from triton_report import objections, summary
 
 CAPABILITIES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,17 +53,6 @@ TYPES = {
     torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-# bytes of shared memory that a block can have: the least of what sm_80's kernels run on, and
-# sm_90's; registers of a multiprocessor
-SHARED = {80: 101376, 90: 232448}
-REGISTERS = 65536
-# of a multiprocessor: one waits for memory while the other computes. A tile of attention fills the
-# registers, and loads the next one while it computes
-BLOCKS_AT_ONCE = {"attention": 1}
-# rows of a product at least for the instructions of sm_90: a program that owns fewer rows or keys,
-# because a head of 256 leaves no registers for more, uses those of sm_80
-LEAST_ROWS = 64
 
 
 class Recorder:
@@ -111,9 +111,7 @@ def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSou
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def resources(
-    op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int
-) -> Any:
+def resources(op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
     """Registers, stack and local memory a thread, shared memory a block, in bytes; and how many
     products stand in the code for tensor cores of sm_90, and of sm_80."""
     kernel, _args, named = launch
@@ -147,38 +145,12 @@ def resources(
     return {**kernel_found, "objections": objections(kernel_found)}
 
 
-def objections(kernel: dict[str, Any]) -> list[str]:
-    found = []
-    if kernel["stack"] or kernel["local"]:
-        found.append("spills")
-    if kernel["shared"] > SHARED[kernel["capability"]]:
-        found.append("takes too much shared memory")
-    at_once = BLOCKS_AT_ONCE.get(kernel["op"], 2) * kernel["threads"]
-    if at_once * kernel["registers"] > REGISTERS:
-        found.append("takes too many registers")
-    if kernel["op"] == "attention" and _without_products(kernel):
-        found.append("has no product on tensor cores")
-    return found
-
-
-def _without_products(kernel: dict[str, Any]) -> bool:
-    """Whether a kernel that takes products takes them without the tensor cores that it could."""
-    counts, constants = kernel["products"], kernel["constants"]
-    if kernel["kernel"] not in ATTENTION or "q" not in kernel["arguments"]:
-        return False
-    if kernel["arguments"]["q"] == "*fp32" and constants["PRECISION"] == "ieee":
-        return False
-    owned = kernel["tiles"][1 if kernel["kernel"] == "dkdv_kernel" else 0]
-    hopper = kernel["capability"] == 90 and owned >= LEAST_ROWS
-    return counts["wgmma.mma_async" if hopper else "mma.sync"] == 0
-
-
 def _named(source: ASTSource) -> dict[Any, Any]:
     names = source.fn.arg_names
     return {(names[path[0]], *path[1:]): value for path, value in source.constants.items()}
 
 
-def row_statistics() -> Iterator[Any]:
+def row_statistics(everything: bool) -> Iterator[Any]:
     """Every flag both ways, with each dtype; sizes that specialise and sizes that do not."""
     from fastlm.ops.row_statistics import triton_kernels as kernels
 
@@ -220,15 +192,17 @@ def row_statistics() -> Iterator[Any]:
         for logits, index, weights, scale, softcap, *factors in backwards:
             saved = (logits, index, weights, n, n, tuple(factors))
             kernels.backward_into(torch.empty_like(logits), *saved, -100, scale, softcap)
-    yield from recorder.launches
+    if everything:
+        row_statistics_calls(kernels)
+    yield from unlike(recorder.launches)
 
 
-def linear_kl_div() -> Iterator[Any]:
+def linear_kl_div(everything: bool) -> Iterator[Any]:
     """Each divergence, with and without a gradient; sizes that specialise and sizes that do not."""
     from fastlm.ops.linear_kl_div import triton_kernels as kernels
 
     recorder = Recorder(kernels, "divergence_kernel")
-    for classes in (50304, 1001, 1):
+    for classes in (50304, 1001, 500, 200, 1) if everything else (50304, 1001, 1):
         value, rows = torch.empty(3), torch.empty(3, classes)
         for kind in ("forward", "reverse", "jsd"):
             for factor in (None, torch.empty(3)):
@@ -236,7 +210,7 @@ def linear_kl_div() -> Iterator[Any]:
     yield from recorder.launches
 
 
-def embedding_gru() -> Iterator[Any]:
+def embedding_gru(everything: bool) -> Iterator[Any]:
     """Every launch of both passes: each dtype of the weights, few rows
     and many, with and without each tensor that may be missing; sizes that specialise and not."""
     from fastlm.ops.embedding_gru import triton_kernels as kernels
@@ -262,11 +236,12 @@ def embedding_gru() -> Iterator[Any]:
         output, h_n, gates = kernels.forward(table, where, reset, w_hh, b_hh, None, *layout)
         saved = (torch.empty_like(output), h_n, where, tokens, reset, w_hh, None, output, gates)
         kernels.backward(*saved, *layout)
+    if everything:
+        embedding_gru_calls(kernels)
     # steps differ in numbers that are not specialised
     yield from unlike(recorder.launches)
 
 
-ATTENTION = ("forward_kernel", "dkdv_kernel", "dq_kernel")
 # head sizes, kinds and dtypes that are compiled each time, the most of each kind
 SOME = {
     80: [(128, "causal", "bfloat16"), (64, "scores", "float32")],
@@ -327,7 +302,7 @@ def unlike(launches: list[Any]) -> Iterator[Any]:
             yield launch
 
 
-def decode_attention() -> Iterator[Any]:
+def decode_attention(everything: bool) -> Iterator[Any]:
     """Dense and paged caches, with and without what may be missing."""
     from fastlm.ops.decode_attention import reference
     from fastlm.ops.decode_attention import triton_kernels as kernels
@@ -347,7 +322,9 @@ def decode_attention() -> Iterator[Any]:
         numbers = (0.1, 100 if paged else -1, 0, 30.0 if paged else 0.0, 0)
         given = reference.Options(table, row, row, heads, heads, *numbers)
         kernels.forward(q, caches, caches, ints, given)
-    yield from recorder.launches
+    if everything:
+        decode_calls(kernels, reference.Options)
+    yield from unlike(recorder.launches)
 
 
 def _source_of(launch: Any) -> ASTSource:
@@ -361,7 +338,7 @@ def launches(words: list[str], everything: bool) -> Iterator[tuple[str, int, Any
         for launch in attention(capability, everything, words):
             yield "attention", capability, launch
     for of_op in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
-        for launch in of_op():
+        for launch in of_op(everything):
             for capability in CAPABILITIES:
                 if set(words) <= {of_op.__name__, f"sm_{capability}"}:
                     yield of_op.__name__, capability, launch
@@ -376,15 +353,8 @@ def main() -> None:
         if not everything or found[-1]["objections"]:
             print(json.dumps(found[-1]), flush=True)
     if everything:
-        bad = sum(bool(kernel["objections"]) for kernel in found)
-        most_registers = max(kernel["registers"] for kernel in found)
-        spilled = sum(bool(kernel["stack"] or kernel["local"]) for kernel in found)
-        seconds = time.perf_counter() - since
-        print(
-            f"{len(found)} kernels, at most {most_registers} registers, {spilled} spill, "
-            f"{bad} with an objection; {seconds:.0f} s"
-        )
-        sys.exit(bad > 0)
+        print(summary(found, since))
+        sys.exit(any(kernel["objections"] for kernel in found))
 
 
 if __name__ == "__main__":

@@ -128,9 +128,12 @@ def attention_cases(size: int, bits: int, kind: str) -> list[Case]:
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    """[B, S, H, D] on no device, contiguous or with batch entries 2^33 elements apart."""
+    """[B, S, H, D] on no device: contiguous, with rows that no 16 bytes divide, or with batch
+    entries 2^33 elements apart."""
     if layout == "plain":
         return torch.empty(shape, dtype=dtype, device="meta")
+    if layout == "odd":
+        return torch.empty(*shape[:3], shape[3] + 2, dtype=dtype, device="meta")[..., 1:-1]
     _, rows, heads, size = shape
     steps = (2**33, size, rows * size, 1)
     return torch.empty_strided(shape, steps, dtype=dtype, device="meta")
@@ -164,3 +167,113 @@ def attention_call(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], list[Any]
     )
     given = [lo, lo, starts, starts, slopes, sink, bias, seed, *numbers]
     return (q, k, v), given, [case["slopes"] == "needed", True, bias is not None]
+
+
+def row_statistics_calls(kernels: Any) -> None:
+    """Both passes of row statistics, recorded."""
+    flag = (False, True)
+    shared: dict[str, Sequence[Any]] = {
+        "dtype": (torch.float32, torch.bfloat16, torch.float16),
+        "classes": (50304, 1001, 500, 200, 1),
+        "step": (None, 0, 2**33),
+        "target": flag,
+        "weight": (None, "of all", "of each"),
+        "scale": (1.0, 0.5, -1.0),
+        "softcap": (0.0, 30.0),
+    }
+    device, n = torch.device("meta"), torch.empty(3, device="meta")
+    for backward in flag:
+        wanted = [f"wanted{i}" for i in range(5 if backward else 4)]
+        for case in pairs(shared | dict.fromkeys(wanted, flag)):
+            classes, weight = case["classes"], None
+            logits = torch.empty(3, classes, dtype=case["dtype"], device=device)
+            if case["step"] is not None and not (backward and case["step"] == 0):
+                steps = (case["step"], 1 if case["step"] else 0)
+                logits = torch.empty_strided(logits.shape, steps, dtype=logits.dtype, device=device)
+            target = torch.empty(3, dtype=torch.int64, device=device) if case["target"] else None
+            if case["weight"] is not None:
+                shape = (classes,) if case["weight"] == "of all" else (3, classes)
+                weight = torch.empty(shape, device=device)
+            numbers = (-100, case["scale"], case["softcap"])
+            some = [n if case[name] else None for name in wanted]
+            if backward:
+                into = torch.empty_like(logits, memory_format=torch.contiguous_format)
+                kernels.backward_into(into, logits, target, weight, n, n, tuple(some), *numbers)
+            else:
+                entropy, squares, total, best = some
+                best = None if best is None else best.long()
+                logprob = None if target is None else n
+                out = (n, n, n, logprob, entropy, squares, total, total, best)
+                kernels.forward(logits, target, weight, *numbers, out)
+
+
+def embedding_gru_calls(kernels: Any) -> None:
+    """Both passes of the recurrence, recorded."""
+    flag = (False, True)
+    options: dict[str, Sequence[Any]] = {
+        "dtype": (torch.float32, torch.bfloat16, torch.float16),
+        "batch": (3, 64, 256),
+        "hidden": (1, 19, 40, 512),
+        "shared": flag,
+        "reset": flag,
+        "bias": flag,
+        "h0": flag,
+        "batch_first": flag,
+        "reverse": flag,
+    }
+    for case in pairs(options):
+        batch, hidden = case["batch"], case["hidden"]
+        tokens, width = 2 * batch, 3 * hidden
+        with torch.device("meta"):
+            table, w_hh = (
+                torch.empty(tokens, width),
+                torch.empty(width, hidden, dtype=case["dtype"]),
+            )
+            index = torch.empty(tokens, dtype=torch.int64) if case["shared"] else None
+            reset = torch.empty(tokens, dtype=torch.uint8) if case["reset"] else None
+            b_hh = torch.empty(width) if case["bias"] else None
+            h0 = torch.empty(batch, hidden) if case["h0"] else None
+        layout = (batch, case["batch_first"], case["reverse"])
+        output, h_n, gates = kernels.forward(table, index, reset, w_hh, b_hh, h0, *layout)
+        saved = (torch.empty_like(output), h_n, index, tokens, reset, w_hh, h0, output, gates)
+        kernels.backward(*saved, *layout)
+
+
+def decode_calls(kernels: Any, options_of: Any) -> None:
+    """Dense and paged caches of any strides, recorded."""
+    flag = (False, True)
+    options: dict[str, Sequence[Any]] = {
+        "way": (*BITS[16], *BITS[32]),
+        "sizes": [(64, 64), (128, 128), (256, 256), (80, 48), (33, 16)],
+        # queries and heads: tiles of 16, 32 and 64 rows
+        "rows": ((1, 32, 8), (8, 32, 8), (9, 32, 2), (1, 16, 16)),
+        "keys": (64, 4096, 65536),
+        "layout": ("plain", "odd", "far"),
+        "paged": flag,
+        "pad": flag,
+        "row": flag,
+        "left": flag,
+        "right": flag,
+        "softcap": flag,
+        "slopes": (None, 1, 2),
+        "sink": flag,
+    }
+    for case in pairs(options):
+        (dtype, way), (size, size_v) = case["way"], case["sizes"]
+        queries, heads, key_heads = case["rows"]
+        kernels.precision = lambda _, way=way: way
+        slots = (4096, 16) if case["paged"] else (2, case["keys"])
+        with torch.device("meta"):
+            q = torch.empty(2, queries, heads, size, dtype=getattr(torch, dtype))
+            k, v = (tensor((*slots, key_heads, n), q.dtype, case["layout"]) for n in (size, size_v))
+            ints = torch.empty(2, dtype=torch.int32)
+            table = torch.empty(2, case["keys"] // 16, dtype=torch.int32) if case["paged"] else None
+            slopes = None if case["slopes"] is None else torch.empty(2, heads)[: case["slopes"]]
+            slopes = slopes[0] if case["slopes"] == 1 else slopes
+            sink = torch.empty(heads) if case["sink"] else None
+        given = options_of(
+            table, ints if case["row"] and table is None else None, ints if case["pad"] else None,
+            slopes, sink, 0.1, 100 if case["left"] else -1, 0 if case["right"] else -1,
+            30.0 if case["softcap"] else 0.0, 0,
+        )  # fmt: skip
+        kernels.forward(q, k, v, ints, given)

@@ -95,9 +95,11 @@ def forward_kernel(
     place = (row0 + row).to(tl.int64)
     at = q + b * q_by.batch + h * q_by.head + place[:, None] * q_by.row + d
     query = load(at, row, 0, count, D, PAD_D, True)
-    key_place = (origin + n).to(tl.int64)[:, None]
-    k_at = k + b * k_by.batch + (h // group) * k_by.head + key_place * k_by.row + d
-    v_at = v + b * v_by.batch + (h // group) * v_by.head + key_place * v_by.row + e
+    # the origin apart: 32 bits that are not known, added to each key, take a register pair each
+    key_place, before = n.to(tl.int64)[:, None], origin.to(tl.int64)
+    k_at = k + b * k_by.batch + (h // group) * k_by.head + before * k_by.row
+    v_at = v + b * v_by.batch + (h // group) * v_by.head + before * v_by.row
+    k_at, v_at = k_at + key_place * k_by.row + d, v_at + key_place * v_by.row + e
     slope, bias = extra.slopes, extra.bias
     if extra.slopes is not None:
         slope = tl.load(extra.slopes + b * per.slope_batch + h)
