@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) setup.py
 # pip leaves byte-compiling to the first import (it halves the set-up); the result must be kept
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench gpu format clean
+.PHONY: demo test check compile bench gpu format clean
 
 demo: fastlm/_C.so
 	$(PY) -m fastlm.lm demo $(ARGS)
@@ -21,6 +21,12 @@ check: fastlm/_C.so
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
 	$(PY) -m mypy
+
+# every Triton and Gluon kernel for sm_80 and sm_90, each pair of options: half an hour, no GPU;
+# make compile ARGS="D128 32-bit" for a part of attention
+compile: $(VENV)/.installed
+	$(PY) tests/triton_compile.py --all $(ARGS)
+	$(if $(ARGS),,$(PY) tests/gluon_compile.py --all)
 
 bench: fastlm/_C.so
 	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)
