@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .mask import coordinates, row_bounds
 from .reference import Options
-from .triton_kernels import FAR, REGISTERS, VARYING, Call, by, kept, load, score
+from .triton_config import REGISTERS
+from .triton_kernels import FAR, VARYING, Call, by, kept, load, score
 
 
 def _tile(size: int, itemsize: int) -> tuple[int, int, int]:

@@ -28,8 +28,6 @@ from .triton_config import ALL, BAND, CAUSAL, SCORES, Entry, Tiles, tiles
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(1 << 30)  # beyond any key
 ALIGNED = 16  # elements; what Triton notices of a stride
-# of a thread: without the limit the assembler spills a little to have two blocks where one is meant
-REGISTERS = 255
 SEARCH = 256  # sequences looked at at once
 L2_BYTES = 32 << 20  # of keys and values that heads in flight may share
 # numbers that vary from batch to batch: no kernel of its own for the multiples of 16
@@ -359,6 +357,6 @@ def launch(
         STAGES=shape.stages,
         num_warps=shape.warps,
         num_stages=shape.stages,
-        maxnreg=REGISTERS,
+        maxnreg=shape.registers,
         **call.numbers,
     )
