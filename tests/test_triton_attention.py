@@ -293,3 +293,7 @@ def test_refusals() -> None:
     ):
         with fastlm.use_backend("triton"), pytest.raises(RuntimeError, match=message):
             fastlm.attention(*(q.to(DEVICE) for _ in range(3)))
+    wide = torch.zeros(1, 2, 1, 160, device=DEVICE)
+    for more in ({"dropout_p": 0.1}, {"bias": torch.zeros(2, 2, device=DEVICE)}):
+        with fastlm.use_backend("triton"), pytest.raises(RuntimeError, match="heads to 128 with"):
+            fastlm.attention(wide, wide, wide, **more)

@@ -260,6 +260,7 @@ def attention(capability: int, everything: bool, words: list[str]) -> Iterator[A
     whose label has the words, each pair of options."""
     from fastlm.ops.attention import triton_backward, triton_bias, triton_forward, triton_rows
     from fastlm.ops.attention import triton_kernels as shared
+    from fastlm.ops.attention.op import _OPTIONS, _triton_refuses
 
     if not everything:
         cases = [most(size, kind, (dtype, "ieee")) for size, kind, dtype in SOME[capability]]
@@ -285,6 +286,8 @@ def attention(capability: int, everything: bool, words: list[str]) -> Iterator[A
     for case in cases:
         shared.precision = lambda _, case=case: case["way"][1]
         (q, k, v), given, needs = attention_call(case)
+        if _triton_refuses(q, k, v, **dict(zip(_OPTIONS, given, strict=True))):
+            continue
         out, lse = triton_forward.forward(q, k, v, *given)
         dlse = lse if case["dlse"] else None
         triton_backward.backward(out, dlse, q, k, v, out, lse, *given, needs)
