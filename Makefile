@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py
 # pip leaves byte-compiling to the first import (it halves the set-up); the result must be kept
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench torture gpu format clean
+.PHONY: demo test check compile bench torture gpu format clean
 
 demo: fastlm/_C.so
 	$(PY) -m fastlm.lm demo $(ARGS)
@@ -23,6 +23,12 @@ check: fastlm/_C.so
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
 	$(PY) -m mypy
+
+# every Triton and Gluon kernel for sm_80 and sm_90, each pair of options: half an hour, no GPU;
+# make compile ARGS="D128 32-bit" for a part of attention
+compile: $(VENV)/.installed
+	$(PY) tests/triton_compile.py --all $(ARGS)
+	$(if $(ARGS),,$(PY) tests/gluon_compile.py --all)
 
 bench: fastlm/_C.so
 	$(PY) -m pytest benchmarks/ --benchmark $(ARGS)

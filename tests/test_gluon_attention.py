@@ -465,7 +465,6 @@ def test_refuses() -> None:
 no_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
-SHARED, REGISTERS = 232448, 65536  # bytes of a block, registers of a multiprocessor
 
 
 @pytest.fixture(scope="module")
@@ -487,14 +486,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_nothing_spills_and_everything_fits(
     compiled: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = [
-        kernel
-        for kernel in compiled
-        if any(kernel[what] for what in ("stack", "local", "LDL", "STL"))
-        or kernel["shared"] > SHARED
-        or kernel["registers"] * kernel["threads"] > REGISTERS
-        or not (kernel["USETMAXREG"] or kernel["kernel"] == "prepare_kernel")
-    ]
+    bad = [kernel for kernel in compiled if kernel["objections"]]
     assert compiled and not bad, "\n".join(map(json.dumps, bad))
     with capsys.disabled():
         most = max(kernel["registers"] for kernel in compiled)

@@ -106,6 +106,26 @@ def test_half_precision(dtype: torch.dtype, size: int, poisoned: None) -> None:
     against_reference(qkv((1, 65, 65, 2, 2), (size, size), dtype), {"mask": "causal"})
 
 
+@pytest.mark.parametrize("size", [16, 33])
+def test_rows_that_are_not_aligned(size: int, poisoned: None) -> None:
+    """Columns out of wider rows, and rows apart from each other, give the bits of a copy."""
+    args = qkv((1, 40, 50, 2, 1), (size, size))
+    wider = [torch.nn.functional.pad(x, (1, 2), value=torch.nan)[..., 1:-2] for x in args]
+    assert all(triton_kernels.aligned(x).data_ptr() % 16 == 0 for x in wider)
+    as_it_is = triton_kernels.aligned(args[0])
+    assert (as_it_is is args[0]) == (size == 16) and as_it_is.shape[3] % 16 == 0
+    for ours, copied in zip(strided(wider), strided(args), strict=True):
+        assert ours.is_contiguous() and torch.equal(ours, copied)
+
+
+def strided(args: list[Tensor]) -> list[Tensor]:
+    """As `results`, of tensors whose strides a clone would not keep."""
+    args = [a.detach().requires_grad_() for a in args]
+    with fastlm.use_backend("triton"):
+        out = fastlm.attention(*args, mask="causal")
+        return [out, *torch.autograd.grad(out.square().sum(), args)]
+
+
 SCORES: dict[str, Options] = {
     "softcap": {"softcap": 1.5, "scale": 0.7},
     "alibi": {"alibi_slopes": torch.tensor([0.3, 0.01]), "window": (50, 0)},
@@ -273,3 +293,7 @@ def test_refusals() -> None:
     ):
         with fastlm.use_backend("triton"), pytest.raises(RuntimeError, match=message):
             fastlm.attention(*(q.to(DEVICE) for _ in range(3)))
+    wide = torch.zeros(1, 2, 1, 160, device=DEVICE)
+    for more in ({"dropout_p": 0.1}, {"bias": torch.zeros(2, 2, device=DEVICE)}):
+        with fastlm.use_backend("triton"), pytest.raises(RuntimeError, match="heads to 128 with"):
+            fastlm.attention(wide, wide, wide, **more)

@@ -1,7 +1,11 @@
 """Compiles what ops launch for GPUs that need not be here, and says what each kernel takes.
 
-    python tests/triton_compile.py [--all]    one JSON object per kernel and GPU; of attention a
-                                              part of its table of tiles, or all of it
+    python tests/triton_compile.py                  one JSON object per kernel and GPU; of attention
+                                                    a part of its table of tiles
+    python tests/triton_compile.py --all [WORD...]  every entry of the tables with each pair of
+                                                    options; prints what is wrong, then a summary
+
+WORD keeps the entries that it names: attention, sm_80, D128, 32-bit, scores.
 
 Run without TRITON_INTERPRET. The launches are those that the ops' own launchers make, on CPU
 tensors, with a recorder in the kernel's place; arguments are specialised as Triton does it.
@@ -9,11 +13,13 @@ tensors, with a recorder in the kernel's place; arguments are specialised as Tri
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +29,18 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_cover import (
+    BITS,
+    KINDS,
+    SIZES,
+    attention_call,
+    attention_cases,
+    decode_calls,
+    embedding_gru_calls,
+    most,
+    row_statistics_calls,
+)
+from triton_report import objections, summary
 
 CAPABILITIES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,7 +52,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
@@ -93,11 +111,9 @@ def _source(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSou
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def resources(
-    op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int, disassemble: bool
-) -> Any:
-    """Registers, stack and local memory a thread, shared memory a block, in bytes; and the
-    instructions of tensor cores, where asked for."""
+def resources(op: str, launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
+    """Registers, stack and local memory a thread, shared memory a block, in bytes; and how many
+    products stand in the code for tensor cores of sm_90, and of sm_80."""
     kernel, _args, named = launch
     options = {name: named[name] for name in OPTIONS if name in named}
     source = _source_of(launch)
@@ -108,17 +124,13 @@ def resources(
         file.flush()
         dump = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-        code = ""
-        if disassemble:
-            dump = [str(TOOLS / "nvdisasm"), "-c", file.name]
-            code = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     assert found, text
     registers, stack, shared, local = map(int, found.groups())
-    return {
+    kernel_found = {
         "op": op,
         "kernel": kernel.fn.__name__,
-        "products": {n: len(re.findall(rf"\b{n}\.", code)) for n in ("HGMMA", "HMMA", "FFMA")},
+        "products": {n: compiled.asm["ptx"].count(n) for n in ("wgmma.mma_async", "mma.sync")},
         "capability": capability,
         "arguments": {k: v for k, v in source.signature.items() if v != "constexpr"},
         "constants": {".".join(map(str, k)): v for k, v in _named(source).items()},
@@ -130,6 +142,7 @@ def resources(
         "threads": 32 * named.get("num_warps", 4),
         "tiles": [named.get(n) for n in ("ROWS", "KEYS", "num_warps", "STAGES")],
     }
+    return {**kernel_found, "objections": objections(kernel_found)}
 
 
 def _named(source: ASTSource) -> dict[Any, Any]:
@@ -137,7 +150,7 @@ def _named(source: ASTSource) -> dict[Any, Any]:
     return {(names[path[0]], *path[1:]): value for path, value in source.constants.items()}
 
 
-def row_statistics() -> Iterator[Any]:
+def row_statistics(everything: bool) -> Iterator[Any]:
     """Every flag both ways, with each dtype; sizes that specialise and sizes that do not."""
     from fastlm.ops.row_statistics import triton_kernels as kernels
 
@@ -179,15 +192,17 @@ def row_statistics() -> Iterator[Any]:
         for logits, index, weights, scale, softcap, *factors in backwards:
             saved = (logits, index, weights, n, n, tuple(factors))
             kernels.backward_into(torch.empty_like(logits), *saved, -100, scale, softcap)
-    yield from recorder.launches
+    if everything:
+        row_statistics_calls(kernels)
+    yield from unlike(recorder.launches)
 
 
-def linear_kl_div() -> Iterator[Any]:
+def linear_kl_div(everything: bool) -> Iterator[Any]:
     """Each divergence, with and without a gradient; sizes that specialise and sizes that do not."""
     from fastlm.ops.linear_kl_div import triton_kernels as kernels
 
     recorder = Recorder(kernels, "divergence_kernel")
-    for classes in (50304, 1001, 1):
+    for classes in (50304, 1001, 500, 200, 1) if everything else (50304, 1001, 1):
         value, rows = torch.empty(3), torch.empty(3, classes)
         for kind in ("forward", "reverse", "jsd"):
             for factor in (None, torch.empty(3)):
@@ -195,7 +210,7 @@ def linear_kl_div() -> Iterator[Any]:
     yield from recorder.launches
 
 
-def embedding_gru() -> Iterator[Any]:
+def embedding_gru(everything: bool) -> Iterator[Any]:
     """Every launch of both passes: each dtype of the weights, few rows
     and many, with and without each tensor that may be missing; sizes that specialise and not."""
     from fastlm.ops.embedding_gru import triton_kernels as kernels
@@ -221,68 +236,44 @@ def embedding_gru() -> Iterator[Any]:
         output, h_n, gates = kernels.forward(table, where, reset, w_hh, b_hh, None, *layout)
         saved = (torch.empty_like(output), h_n, where, tokens, reset, w_hh, None, output, gates)
         kernels.backward(*saved, *layout)
-    seen = set()
-    for launch in recorder.launches:
-        # steps differ in numbers that are not specialised
-        if (key := _source_of(launch).hash()) not in seen:
-            seen.add(key)
-            yield launch
+    if everything:
+        embedding_gru_calls(kernels)
+    # steps differ in numbers that are not specialised
+    yield from unlike(recorder.launches)
 
 
-ATTENTION = ("forward_kernel", "dkdv_kernel", "dq_kernel")
-# head sizes, dtype and the options that choose tiles, the most of each kind
-KINDS = ("causal", "band", "scores", "all")
+# head sizes, kinds and dtypes that are compiled each time, the most of each kind
 SOME = {
-    # not float32 with "all": its bias kernel spills 8 bytes, which --all shows
-    80: [(128, "bfloat16", "causal"), (64, "float32", "scores")],
+    80: [(128, "causal", "bfloat16"), (64, "scores", "float32")],
     90: [
-        (64, "bfloat16", "causal"),
-        (128, "bfloat16", "causal"),
-        (128, "float16", "band"),
-        (256, "bfloat16", "scores"),
-        (128, "bfloat16", "all"),
+        (64, "causal", "bfloat16"),
+        (128, "causal", "bfloat16"),
+        (128, "band", "float16"),
+        (256, "scores", "bfloat16"),
+        (128, "all", "bfloat16"),
     ],
 }
-EVERY = [
-    (size, dtype, kind)
-    for size in (64, 128, 256)
-    for dtype in ("bfloat16", "float32")
-    for kind in KINDS
-]
 
 
-def _attention_options(kind: str, rows: int, heads: int) -> tuple[Any, ...]:
-    """The arguments behind q, k and v; "band" in a packed batch, the others dense."""
-    starts = torch.zeros(5, dtype=torch.int32) if kind == "band" else None
-    numbers = (0.125, -1 if kind == "causal" else 100, 0)
-    if kind in ("causal", "band"):
-        return (
-            None,
-            None,
-            starts,
-            starts,
-            None,
-            torch.empty(heads),
-            None,
-            None,
-            *numbers,
-            0.0,
-            0.0,
-        )
-    lo = torch.zeros(1, 1, rows, dtype=torch.int32)
-    extra: tuple[Any, ...] = (torch.empty(heads), torch.empty(heads), None, None)
-    drop = 0.0
-    if kind == "all":
-        bias, seed = torch.empty(1, heads, rows, rows), torch.zeros((), dtype=torch.int64)
-        extra, drop = (*extra[:2], bias, seed), 0.1
-    return (lo, lo, None, None, *extra, *numbers, 30.0, drop)
-
-
-def attention(capability: int, everything: bool) -> Iterator[Any]:
-    """The table of tiles, with the most that a kind of mask and scores may hold."""
+def attention(capability: int, everything: bool, words: list[str]) -> Iterator[Any]:
+    """Of some entries of the table of tiles the most that a call may ask for; or, of every entry
+    whose label has the words, each pair of options."""
     from fastlm.ops.attention import triton_backward, triton_bias, triton_forward, triton_rows
     from fastlm.ops.attention import triton_kernels as shared
+    from fastlm.ops.attention.op import _OPTIONS, _triton_refuses
 
+    if not everything:
+        cases = [most(size, kind, (dtype, "ieee")) for size, kind, dtype in SOME[capability]]
+        if capability == 80:
+            # the bias' kernel without slopes, which Triton compiles from other types
+            cases.append({**most(64, "all", ("bfloat16", "ieee")), "slopes": None})
+    else:
+        cases = [
+            case
+            for size, bits, kind in itertools.product(SIZES, BITS, KINDS)
+            if set(words) <= {"attention", f"sm_{capability}", f"D{size}", f"{bits}-bit", kind}
+            for case in attention_cases(size, bits, kind)
+        ]
     names = {
         triton_forward: ("forward_kernel",),
         triton_backward: ("dkdv_kernel", "dq_kernel"),
@@ -290,31 +281,34 @@ def attention(capability: int, everything: bool) -> Iterator[Any]:
         triton_bias: ("bias_kernel",),
     }
     recorders = [Recorder(module, *kernels) for module, kernels in names.items()]
-    before, shared.capability = shared.capability, lambda _: capability
-    rows, heads = 1024, 16
-    for size, dtype, kind in EVERY if everything else SOME[capability]:
-        batch = 1 if kind == "band" else 2
-        q = torch.empty(batch, rows, heads, size, dtype=getattr(torch, dtype))
-        k = torch.empty(batch, rows, heads // 2, size, dtype=q.dtype)
-        given = _attention_options(kind, rows, heads)
-        lse = torch.empty(batch, heads, rows)
-        triton_forward.forward(q, k, k, *given)
-        needs = [kind in ("scores", "all"), True, kind == "all"]
-        triton_backward.backward(q, lse, q, k, k, q, lse, *given, needs)
-    shared.capability = before
-    seen = set()
+    before = shared.capability, shared.precision
+    shared.capability = lambda _: capability
+    for case in cases:
+        shared.precision = lambda _, case=case: case["way"][1]
+        (q, k, v), given, needs = attention_call(case)
+        if _triton_refuses(q, k, v, **dict(zip(_OPTIONS, given, strict=True))):
+            continue
+        out, lse = triton_forward.forward(q, k, v, *given)
+        dlse = lse if case["dlse"] else None
+        triton_backward.backward(out, dlse, q, k, v, out, lse, *given, needs)
+    shared.capability, shared.precision = before
     for recorder, (module, kernels) in zip(recorders, names.items(), strict=True):
         for name in kernels:
             setattr(module, name, getattr(module, name).kernel)
-        for launch in recorder.launches:
-            # the small kernels of one kind are those of another
-            key = str([launch[0].fn.__name__, _source_of(launch).hash(), launch[2].get("STAGES")])
-            if key not in seen:
-                seen.add(key)
-                yield launch
+        yield from unlike(recorder.launches)
 
 
-def decode_attention() -> Iterator[Any]:
+def unlike(launches: list[Any]) -> Iterator[Any]:
+    """Those that are not compiled to the same as one before."""
+    seen = set()
+    for launch in launches:
+        options = [launch[2].get(name) for name in OPTIONS]
+        if (key := str([_source_of(launch).hash(), options])) not in seen:
+            seen.add(key)
+            yield launch
+
+
+def decode_attention(everything: bool) -> Iterator[Any]:
     """Dense and paged caches, with and without what may be missing."""
     from fastlm.ops.decode_attention import reference
     from fastlm.ops.decode_attention import triton_kernels as kernels
@@ -334,7 +328,9 @@ def decode_attention() -> Iterator[Any]:
         numbers = (0.1, 100 if paged else -1, 0, 30.0 if paged else 0.0, 0)
         given = reference.Options(table, row, row, heads, heads, *numbers)
         kernels.forward(q, caches, caches, ints, given)
-    yield from recorder.launches
+    if everything:
+        decode_calls(kernels, reference.Options)
+    yield from unlike(recorder.launches)
 
 
 def _source_of(launch: Any) -> ASTSource:
@@ -342,17 +338,29 @@ def _source_of(launch: Any) -> ASTSource:
     return _source(kernel, args, {k: v for k, v in named.items() if k not in OPTIONS})
 
 
-def main() -> None:
-    everything = "--all" in sys.argv[1:]
+def launches(words: list[str], everything: bool) -> Iterator[tuple[str, int, Any]]:
+    """Op, GPU and launch; all of them, or those that the words name."""
     for capability in CAPABILITIES:
-        for launch in attention(capability, everything):
-            disassemble = launch[0].fn.__name__ in ATTENTION
-            print(json.dumps(resources("attention", launch, capability, disassemble)), flush=True)
-    for launches in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
-        for launch in launches():
+        for launch in attention(capability, everything, words):
+            yield "attention", capability, launch
+    for of_op in (row_statistics, linear_kl_div, embedding_gru, decode_attention):
+        for launch in of_op(everything):
             for capability in CAPABILITIES:
-                found = resources(launches.__name__, launch, capability, False)
-                print(json.dumps(found), flush=True)
+                if set(words) <= {of_op.__name__, f"sm_{capability}"}:
+                    yield of_op.__name__, capability, launch
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word != "--all"]
+    everything = "--all" in sys.argv[1:]
+    since, found = time.perf_counter(), []
+    for op, capability, launch in launches(words, everything):
+        found.append(resources(op, launch, capability))
+        if not everything or found[-1]["objections"]:
+            print(json.dumps(found[-1]), flush=True)
+    if everything:
+        print(summary(found, since))
+        sys.exit(any(kernel["objections"] for kernel in found))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ backward: the inputs, out, and lse [B, H, Sq] (natural logarithm, the sink inclu
 that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws its mask again in
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
-Backends: triton (everything but float64 and head sizes above 256; a packed sequence gives the bits
-that it gives alone; inside `hopper.use` the Hopper kernels of `gluon_kernels.py` where they take
-the call), cpu (everything but float64; the same bits on any number of threads, and for a sequence
-alone, in a batch or packed), torch (the CPU flash kernel of PyTorch: full or square causal
-attention without the other options; its backward takes no gradient through lse), reference
-(everything; blocks of query rows, memory O(S)).
+Backends: triton (everything but float64, head sizes above 256, and float32 heads above 128 with
+bias or dropout; a packed sequence gives the bits that it gives alone; inside `hopper.use` the Hopper
+kernels of `gluon_kernels.py` where they take the call), cpu (everything but float64; the same bits
+on any number of threads, and for a sequence alone, in a batch or packed), torch (the CPU flash
+kernel of PyTorch: full or square causal attention without the other options; its backward takes no
+gradient through lse), reference (everything; blocks of query rows, memory O(S)).
 """
 
 from __future__ import annotations
@@ -176,11 +176,15 @@ def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
     return ours.backward(*args)
 
 
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str | None:
+    size = max(q.shape[3], v.shape[3])
     if q.dtype == torch.float64:
         return "takes float32, bfloat16 and float16, not float64"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"takes head sizes to 256, not {max(q.shape[3], v.shape[3])}"
+    if size > 256:
+        return f"takes head sizes to 256, not {size}"
+    if q.dtype == torch.float32 and size > 128:
+        if named["bias"] is not None or named["dropout_p"] > 0:
+            return "takes float32 heads to 128 with bias or dropout: no tile fits the registers"
     if max(q.shape[1], k.shape[1]) >= 2**28:
         return "takes fewer than 2^28 rows"
     return None

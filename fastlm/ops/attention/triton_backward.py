@@ -24,8 +24,10 @@ from .reference import Options
 from .triton_bias import dbias
 from .triton_kernels import (
     VARYING,
+    aligned,
     bias_of,
     by,
+    first_columns,
     intervals,
     kept,
     key_tiles,
@@ -33,7 +35,6 @@ from .triton_kernels import (
     load,
     locate,
     prepare,
-    rows_last,
     schedule,
     score,
 )
@@ -353,12 +354,13 @@ def backward(
     given, needs = Options(*rest[:-1]), rest[-1]
     batch, rows, heads, _ = q.shape
     keys, key_heads = k.shape[1:3]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    sizes = [x.shape[3] for x in (q, k, v)]
     wanted = zip(needs, (given.alibi_slopes, given.sink, given.bias), strict=True)
     extra = [x.new_zeros(x.shape) if n and x is not None else q.new_empty(0) for n, x in wanted]
     if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_(), *extra
-    q, k, v = (rows_last(x) for x in (q, k, v))
+        return *(x.new_zeros(x.shape) for x in (q, k, v)), *extra
+    q, k, v, out, dout = (aligned(x) for x in (q, k, v, out, dout.contiguous()))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = prepare(q, k, v, given)
     per_row = q.new_empty(batch, heads, rows, dtype=torch.float32) if extra[0].numel() else None
     reads = [
@@ -399,4 +401,5 @@ def backward(
         finite = lse.masked_fill(lse == -torch.inf, 0.0)
         share = torch.exp(given.sink.float()[:, None] - finite)
         extra[1] = -(share * delta).sum((0, 2)).to(extra[1].dtype)
-    return dq, dk, dv, *extra
+    grads = (first_columns(x, n) for x, n in zip((dq, dk, dv), sizes, strict=True))
+    return *grads, *extra

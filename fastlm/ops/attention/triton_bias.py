@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .mask import coordinates, row_bounds
 from .reference import Options
+from .triton_config import REGISTERS
 from .triton_kernels import FAR, VARYING, Call, by, kept, load, score
 
 
@@ -78,10 +79,10 @@ def bias_kernel(
         each = heads if ALL[1] else 1
         b = (entry // each + bias_batch).to(tl.int64)
         h = (entry % each + bias_head).to(tl.int64)
-        slope = extra.slopes
+        # both at once: a None that is assigned alone cannot stand in a tuple
+        slope, bias = extra.slopes, extra.bias + b * per.bias_batch + h * per.bias_head
         if extra.slopes is not None:
             slope = tl.load(extra.slopes + b * per.slope_batch + h)
-        bias = extra.bias + b * per.bias_batch + h * per.bias_head
         q_at = q + b * q_by.batch + h * q_by.head + d
         k_at = k + b * k_by.batch + (h // group) * k_by.head + d
         v_at = v + b * v_by.batch + (h // group) * v_by.head + e
@@ -176,6 +177,7 @@ def dbias(call: Call, saved: tuple[Tensor, ...], given: Options) -> Tensor:
         KEYS=tile_keys,
         num_warps=warps,
         num_stages=2,
+        maxnreg=REGISTERS,
         **{name: value for name, value in numbers.items() if name not in left_out},
     )
     return found

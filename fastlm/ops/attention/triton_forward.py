@@ -14,8 +14,10 @@ from .reference import Options
 from .triton_kernels import (
     LOG2E,
     VARYING,
+    aligned,
     bias_of,
     by,
+    first_columns,
     intervals,
     kept,
     key_tiles,
@@ -23,7 +25,6 @@ from .triton_kernels import (
     load,
     locate,
     prepare,
-    rows_last,
     schedule,
     score,
 )
@@ -94,9 +95,11 @@ def forward_kernel(
     place = (row0 + row).to(tl.int64)
     at = q + b * q_by.batch + h * q_by.head + place[:, None] * q_by.row + d
     query = load(at, row, 0, count, D, PAD_D, True)
-    key_place = (origin + n).to(tl.int64)[:, None]
-    k_at = k + b * k_by.batch + (h // group) * k_by.head + key_place * k_by.row + d
-    v_at = v + b * v_by.batch + (h // group) * v_by.head + key_place * v_by.row + e
+    # the origin apart: 32 bits that are not known, added to each key, take a register pair each
+    key_place, before = n.to(tl.int64)[:, None], origin.to(tl.int64)
+    k_at = k + b * k_by.batch + (h // group) * k_by.head + before * k_by.row
+    v_at = v + b * v_by.batch + (h // group) * v_by.head + before * v_by.row
+    k_at, v_at = k_at + key_place * k_by.row + d, v_at + key_place * v_by.row + e
     slope, bias = extra.slopes, extra.bias
     if extra.slopes is not None:
         slope = tl.load(extra.slopes + b * per.slope_batch + h)
@@ -161,15 +164,16 @@ def forward_kernel(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
-    out = q.new_empty(batch, rows, heads, v.shape[3])
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = (rows_last(x) for x in (q, k, v))
+    if lse.numel() * v.shape[3] == 0:
+        return q.new_empty(batch, rows, heads, v.shape[3]), lse
+    size_v = v.shape[3]
+    q, k, v = (aligned(x) for x in (q, k, v))
+    out = q.new_empty(batch, rows, heads, v.shape[3])
     call = prepare(q, k, v, Options(*given))
     shape = call.entry.forward
     reads = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
     args = (out, lse, q, k, v, call.mask, call.extra, by(q), by(k), by(v), call.per)
     with on_device(q):
         launch(call, forward_kernel, shape, (rows, shape.rows), (batch * heads, reads), args)
-    return out, lse
+    return first_columns(out, size_v), lse

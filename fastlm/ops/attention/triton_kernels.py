@@ -27,6 +27,7 @@ from .triton_config import ALL, BAND, CAUSAL, SCORES, Entry, Tiles, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(1 << 30)  # beyond any key
+ALIGNED = 16  # elements; what Triton notices of a stride
 SEARCH = 256  # sequences looked at at once
 L2_BYTES = 32 << 20  # of keys and values that heads in flight may share
 # numbers that vary from batch to batch: no kernel of its own for the multiples of 16
@@ -239,9 +240,20 @@ class Call(NamedTuple):
     entry: Entry
 
 
-def rows_last(x: Tensor) -> Tensor:
-    """[B, S, H, D] with the last dimension contiguous."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+def aligned(x: Tensor) -> Tensor:
+    """[B, S, H, D] whose rows start at multiples of 16 elements, as a copy where they do not, with
+    0 behind rows of another length: read element by element, a tile does not fit the registers."""
+    if missing := -x.shape[3] % ALIGNED:
+        return torch.nn.functional.pad(x, (0, missing))
+    steps = (x.stride(n) for n in range(3) if x.shape[n] > 1)
+    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(s % ALIGNED for s in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def first_columns(x: Tensor, size: int) -> Tensor:
+    """Without what `aligned` put behind the rows."""
+    return x if x.shape[3] == size else x[..., :size].contiguous()
 
 
 def by(x: Tensor) -> By:
@@ -345,5 +357,6 @@ def launch(
         STAGES=shape.stages,
         num_warps=shape.warps,
         num_stages=shape.stages,
+        maxnreg=shape.registers,
         **call.numbers,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .triton_config import Tiles
 from .triton_kernels import FAR, LOG2E, VARYING, Call, intervals, locate
 
-ROWS_AT_ONCE = 64  # of `rows_kernel`
+AT_ONCE = 4096  # elements of `rows_kernel`
 SCANNED = 1024  # rows that `ranges_kernel` looks at at once
 
 
@@ -131,7 +131,8 @@ def per_row_values(
     batch, rows, heads, size = out.shape
     dout, delta, lse2 = dout.contiguous(), torch.empty_like(lse), torch.empty_like(lse)
     clean = torch.empty_like(dout) if _may_be_empty(call, keys) else None
-    tiles = triton.cdiv(rows, ROWS_AT_ONCE)
+    at_once = max(16, min(64, AT_ONCE // call.numbers["PAD_DV"]))
+    tiles = triton.cdiv(rows, at_once)
     rows_kernel[(tiles * batch * heads,)](
         delta,
         lse2,
@@ -146,7 +147,7 @@ def per_row_values(
         DV=size,
         PAD_DV=call.numbers["PAD_DV"],
         ONE_KEY=one_key(call, keys),
-        ROWS=ROWS_AT_ONCE,
+        ROWS=at_once,
         num_warps=4,
     )
     return dout if clean is None else clean, lse2, delta

@@ -21,7 +21,6 @@ from ..row_statistics.triton_kernels import on_device
 from .reference import Options, capacity, exists
 
 FAR = tl.constexpr(1 << 30)
-MOST_ROWS = 64  # of a tile
 LEAST_PART, MOST_PARTS = 256, 64  # keys of a part at least, parts of a row
 
 
@@ -190,6 +189,15 @@ def parts_of(keys: int, num_splits: int) -> tuple[int, int]:
     return triton.cdiv(max(1, keys), length), length
 
 
+def _tile(rows: int, size: int, itemsize: int) -> tuple[int, int]:
+    """Rows and keys of a tile: what spills no register, whatever the strides of the cache."""
+    if itemsize == 4:
+        most, keys = 16, 32 if size <= 64 else 16
+    else:
+        most, keys = (64, 64) if size <= 64 else (32, 64) if size <= 128 else (16, 16)
+    return max(16, min(most, triton.next_power_of_2(rows))), keys
+
+
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -214,7 +222,7 @@ def forward(
     parts, part_keys = parts_of(capacity(k_cache, table), given.num_splits)
     group = heads // key_heads
     pads = [max(16, triton.next_power_of_2(n)) for n in (size, size_v)]
-    rows = max(16, min(MOST_ROWS, triton.next_power_of_2(group * queries)))
+    rows, keys = _tile(group * queries, max(pads), q.element_size())
     found = q.new_empty(batch, heads, queries, parts, size_v, dtype=torch.float32)
     part_lse = torch.empty(batch, heads, queries, parts, dtype=torch.float32, device=q.device)
     columns: dict[str, Any] = {"DV": size_v, "PAD_DV": pads[1]}
@@ -253,7 +261,7 @@ def forward(
             CAPPED=given.softcap > 0,
             PRECISION=precision(q),
             ROWS=rows,
-            KEYS=64 if max(pads) <= 128 and q.element_size() == 2 else 32,
+            KEYS=keys,
             num_warps=4,
             num_stages=2,
             **columns,

@@ -279,6 +279,8 @@ def _shape_of_a_program(batch: int, hidden: int, dtype: torch.dtype) -> dict[str
         "DEPTH": LEAST_DEPTH if hidden % 16 else DEPTH[dtype],
         "num_warps": warps,
         "num_stages": 3,
+        # one unit is compiled apart, and the assembler then spills to have more blocks at once
+        **({"maxnreg": 128} if hidden == 1 else {}),
     }
 
 
