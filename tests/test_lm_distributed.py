@@ -312,7 +312,7 @@ def patience_is_one_decision() -> None:
 
 def every_rank_drops_out_differently() -> None:
     ours = make("gru", "ddp", dropout=0.5)
-    ours._seed()
+    ours.seed()
     drawn: list[Any] = [None] * WORLD
     dist.all_gather_object(drawn, torch.rand(3).tolist())
     assert drawn[0] != drawn[1]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastlm.lm import cli, labelling, options, preferences
+from fastlm.lm import cli, labelling, learnoptions, preferences
 from fastlm.lm.errors import InputError, UsageError
 from fastlm.lm.preferences import Preference
 
@@ -104,7 +104,7 @@ def test_published_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_knows_every_format() -> None:
-    assert options.PREFERENCES == preferences.FORMATS
+    assert learnoptions.PREFERENCES == preferences.FORMATS
 
 
 def test_messages(tmp_path: Path) -> None:
