@@ -7,6 +7,7 @@ stands in `RUNS`. A command without a run, and a run without a command, fail.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import os
 import re
@@ -33,10 +34,16 @@ RUNS = {
     "fastlm train": "--budget 40steps --hidden 32 --evals 4 --lr 0.02",
     "fastlm train --data tokens/ --model transformer": "--budget 2steps --hidden 32 --evals 1",
     "fastlm train --out": "--budget 44steps",
+    "fastlm train --config": "--budget 2steps --evals 1",
+    "fastlm train --pairs": "--budget 2steps --evals 1 --longest 64",
+    "fastlm plan": "",
     "fastlm generate": "--max-new-tokens 20",
     "fastlm eval": "--samples 16",
     "fastlm cv": "--budget 0.1s --vocab 300",
     "fastlm summarize": "",
+    "fastlm summarize runs/summaries": "--max-new-tokens 4",
+    "fastlm dpo": "--budget 2steps",
+    "fastlm report": "",
     "fastlm prefs sample": "--count 4 --tokens 20",
     "fastlm prefs label": "",
     "fastlm prefs check": "",
@@ -51,9 +58,11 @@ TYPED = {"fastlm prefs label": "a\nb\nt\nq\n"}
 OWN_WORDS = {"fastlm generate": 99, "fastlm summarize": 1}
 # not run here: why, or the test that runs it
 EXCEPTIONS = {
-    "make demo": "tests/test_lm_cli.py::test_demo_reports_every_criterion",
+    "make demo": "tests/test_lm_demo.py::test_every_phase_and_criterion",
+    "make torture": "tests/test_lm_torture.py::test_twenty_kills_and_some_more",
     "make test": "it is what runs this",
     "pip install": "it installs; .venv is set up by the Makefile, in CI too",
+    "torchrun": "tests/test_lm_distributed.py::test_torchrun",
     "fastlm bench model": "tests/test_bench.py::test_bench_model_agrees_and_reports",
 }
 
@@ -83,6 +92,8 @@ def write_inputs(folder: Path) -> None:
     (books / "reprint.txt").write_text(again)
     (books / "letter.html").write_text("<h1>A letter</h1><p>I am, dear madam, your servant.</p>")
     (folder / "chapter.txt").write_text(texts["persuasion"][6000:12000])
+    with gzip.open(data.AUSTEN.parent / "docstrings" / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
+        (folder / "summaries.jsonl").write_text("".join(next(file) for _ in range(80)))
     (folder / "summary.txt").write_text("Sir Walter Elliot reads the Baronetage. He is vain.")
 
 

@@ -124,9 +124,10 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
             reporter.line(
                 f"its budget of {chosen.budget} is used; for more: --budget B --allow-change budget"
             )
-    if args.tensorboard:
-        run.sinks.append(sinks.TensorBoard(args.out / "tensorboard", run.counters.steps))
-    files.write_text(args.out / "config.toml", named.dump(chosen))
+    if ranks.chief:
+        if args.tensorboard:
+            run.sinks.append(sinks.TensorBoard(args.out / "tensorboard", run.counters.steps))
+        files.write_text(args.out / "config.toml", named.dump(chosen))
     result = run.fit()
     if args.json:
         _print_json(asdict(result))
