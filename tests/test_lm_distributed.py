@@ -223,11 +223,24 @@ def resume(kind: str, way: str) -> None:
     dist.barrier()
     events = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 11))
+    # one process, and ranks that share parameters in the other way, take the checkpoint too
+    told, other = Lines(), {"ddp": "fsdp2", "fsdp2": "ddp"}[way]
+    for where, note in [
+        (None, f"note: ranks: {WORLD} -> 1 since the checkpoint; dropout takes other places"),
+        (other, f"note: parallel: {way} -> {other} since the checkpoint; the last bits may differ"),
+    ]:
+        taken = make(kind, where, settings, dropout=0.3, reporter=told)
+        taken.resume(saved_in(out))
+        assert dist.get_rank() or note in told.lines
+        saved, whole_of = saved_in(out), functools.partial(taken.ranks.whole, everywhere=True)
+        written = saved.tensors(checkpoint.MODEL) | saved.tensors(checkpoint.TRAINING)
+        found = whole_of(taken.model.state_dict() | checkpoint.optimizer_tensors(taken.optimizer))
+        assert len(found) > 20 and all(torch.equal(found[name], written[name]) for name in found)
     # the model of the run, as anybody loads it
-    found = checkpoint.find(out)
-    assert found.path.name == "model"
+    finished = checkpoint.find(out)
+    assert finished.path.name == "model"
     plain = make(kind, dropout=0.3).model
-    checkpoint.load_parameters(plain, found)
+    checkpoint.load_parameters(plain, finished)
     for a, b in zip(plain.state_dict().values(), parameters(rest), strict=True):
         assert torch.equal(a, b)
 
