@@ -90,7 +90,8 @@ def flags(before: dict[str, Any], after: dict[str, Any], author: dict[str, Any])
         started, own = before["rewards"][name], author["rewards"][name]
         if ended > own + CLEARLY * abs(own - started):
             found.append(
-                f"the {name} puts the model's text above the author's own, {ended:+.2f} to {own:+.2f}"
+                f"the {name} puts the model's text above the author's own, "
+                f"{ended:+.2f} to {own:+.2f}"
             )
     if after["distinct_2"] < 0.9 * before["distinct_2"]:
         found.append(
