@@ -214,7 +214,9 @@ def test_flags_of_over_optimisation() -> None:
     # both fell: a failure, but no deception
     assert tuning.flags(before, outcome(-0.5, -0.1), author) == []
     (above,) = tuning.flags(before, outcome(1.5, 0.4), author)
-    assert above == "the reward model puts the model's text above the author's own"
+    assert above == "the reward model puts the model's text above the author's own, +1.50 to +1.00"
+    # stopped at the author's level, within chance
+    assert tuning.flags(before, outcome(1.05, 0.4), author) == []
     (variety,) = tuning.flags(before, outcome(0.5, 0.4, distinct=0.6), author)
     assert variety.startswith("less variety: 0.60")
     (repeats,) = tuning.flags(before, outcome(0.5, 0.4, repeated=0.05), author)

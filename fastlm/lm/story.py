@@ -121,7 +121,6 @@ QUICK = Plan(
     policy_budget="15steps",
     policy_lr=2e-3,
     policy_tokens=40,
-    judged=100,
 )
 
 

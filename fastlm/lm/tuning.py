@@ -13,6 +13,8 @@ from . import checkpoint, evaluation, learning, metrics, policy, rollouts
 from .phases import HELD, PROMPT_TOKENS, REWARD, Interrupted, show_texts, texts_of
 from .story import Story
 
+CLEARLY = 0.1  # of the way from the starting model to the author, beyond the author
+
 
 def _contexts(story: Story, seed: int = 11) -> list[rollouts.Context]:
     """Places in the held-out novel, the same ones every time."""
@@ -85,8 +87,12 @@ def flags(before: dict[str, Any], after: dict[str, Any], author: dict[str, Any])
         ]
         if learning.over_optimised(*asked):
             found.append(f"the reward rose and the {name} sees a loss")
-        if ended > author["rewards"][name]:
-            found.append(f"the {name} puts the model's text above the author's own")
+        started, own = before["rewards"][name], author["rewards"][name]
+        if ended > own + CLEARLY * abs(own - started):
+            found.append(
+                f"the {name} puts the model's text above the author's own, "
+                f"{ended:+.2f} to {own:+.2f}"
+            )
     if after["distinct_2"] < 0.9 * before["distinct_2"]:
         found.append(
             f"less variety: {after['distinct_2']:.2f} of the runs of two words are distinct, "
