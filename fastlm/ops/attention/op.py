@@ -8,11 +8,11 @@ that attends to nothing), float32 or, for float64 inputs, float64. Dropout draws
 the backward, from the seed. Sums run in a fixed order: deterministic.
 
 Backends: triton (everything but float64, head sizes above 256, and float32 heads above 128 with
-bias or dropout; a packed sequence gives the bits that it gives alone; inside `hopper.use` the Hopper
-kernels of `gluon_kernels.py` where they take the call), cpu (everything but float64; the same bits
-on any number of threads, and for a sequence alone, in a batch or packed), torch (the CPU flash
-kernel of PyTorch: full or square causal attention without the other options; its backward takes no
-gradient through lse), reference (everything; blocks of query rows, memory O(S)).
+bias or dropout; a packed sequence gives the bits that it gives alone; inside `hopper.use` the
+Hopper kernels of `gluon_kernels.py` where they take the call), cpu (everything but float64; the
+same bits on any number of threads, and for a sequence alone, in a batch or packed), torch (the CPU
+flash kernel of PyTorch: full or square causal attention without the other options; its backward
+takes no gradient through lse), reference (everything; blocks of query rows, memory O(S)).
 """
 
 from __future__ import annotations
