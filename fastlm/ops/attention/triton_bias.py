@@ -75,7 +75,7 @@ def bias_kernel(
     acc = tl.zeros((ROWS, KEYS), tl.float32)
     # heads of all batch entries that the tile is added to
     entries = (batch if ALL[0] else 1) * (heads if ALL[1] else 1)
-    for entry in range(0, entries):
+    for entry in tl.range(0, entries, disable_licm=True):
         each = heads if ALL[1] else 1
         b = (entry // each + bias_batch).to(tl.int64)
         h = (entry % each + bias_head).to(tl.int64)
@@ -87,7 +87,9 @@ def bias_kernel(
         k_at = k + b * k_by.batch + (h // group) * k_by.head + d
         v_at = v + b * v_by.batch + (h // group) * v_by.head + e
         since = 0 if ALL[2] else tile_row
-        for row_tile in range(since, tl.cdiv(rows, ROWS) if ALL[2] else tile_row + 1):
+        for row_tile in tl.range(
+            since, tl.cdiv(rows, ROWS) if ALL[2] else tile_row + 1, disable_licm=True
+        ):
             row = row_tile * ROWS + m
             inside = row < rows
             place = row.to(tl.int64)
@@ -104,7 +106,7 @@ def bias_kernel(
             begin, end = tl.min(low, 0) // KEYS, tl.cdiv(tl.max(high, 0), KEYS)
             if not ALL[3]:
                 begin, end = tl.maximum(begin, tile_key), tl.minimum(end, tile_key + 1)
-            for key_tile in range(begin, end):
+            for key_tile in tl.range(begin, end, disable_licm=True):
                 key = key_tile * KEYS + n
                 key_place = key.to(tl.int64)[:, None]
                 keys_here = load(k_at + key_place * k_by.row, key, 0, keys, D, PAD_D, True)
