@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_kernels
 from .mask import coordinates, row_bounds
 from .reference import Options
 from .triton_config import REGISTERS
 from .triton_kernels import FAR, VARYING, Call, by, kept, load, score
 
 
-def _tile(size: int, itemsize: int) -> tuple[int, int, int]:
+def _tile(size: int, itemsize: int, capability: int) -> tuple[int, int, int]:
     """Rows, keys and warps, for the larger head size: none of them spills a register."""
     if itemsize == 4 or size > 128:
-        return 16, 16, 4
+        return 16, 16, 8 if itemsize == 2 and capability < 90 else 4
     return 32, 32, 8
 
 
@@ -157,7 +158,8 @@ def dbias(call: Call, saved: tuple[Tensor, ...], given: Options) -> Tensor:
     at = coordinates(rows, keys, call.mask.starts_q, call.mask.starts_k, q.device)
     bounds = row_bounds(at, given.left, given.right, given.lo, given.hi)
     low, high = (x.int().contiguous() for x in bounds)
-    tile_rows, tile_keys, warps = _tile(max(q.shape[3], v.shape[3]), q.element_size())
+    size = max(q.shape[3], v.shape[3])
+    tile_rows, tile_keys, warps = _tile(size, q.element_size(), triton_kernels.capability(q))
     tiles = triton.cdiv(bias.shape[2], tile_rows), triton.cdiv(bias.shape[3], tile_keys)
     left_out = ("HAS_LEFT", "HAS_RIGHT", "SEARCH", "sequences", "left", "right")
     bias_kernel[(bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1],)](
