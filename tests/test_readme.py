@@ -92,7 +92,8 @@ def write_inputs(folder: Path) -> None:
     (books / "reprint.txt").write_text(again)
     (books / "letter.html").write_text("<h1>A letter</h1><p>I am, dear madam, your servant.</p>")
     (folder / "chapter.txt").write_text(texts["persuasion"][6000:12000])
-    with gzip.open(data.AUSTEN.parent / "docstrings" / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
+    docstrings = data.AUSTEN.parent / "docstrings" / "pairs.jsonl.gz"
+    with gzip.open(docstrings, "rt", encoding="utf-8") as file:
         (folder / "summaries.jsonl").write_text("".join(next(file) for _ in range(80)))
     (folder / "summary.txt").write_text("Sir Walter Elliot reads the Baronetage. He is vain.")
 

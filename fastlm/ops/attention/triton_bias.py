@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_kernels
 from .mask import coordinates, row_bounds
 from .reference import Options
 from .triton_config import REGISTERS
 from .triton_kernels import FAR, VARYING, Call, by, kept, load, score
 
 
-def _tile(size: int, itemsize: int) -> tuple[int, int, int]:
+def _tile(size: int, itemsize: int, capability: int) -> tuple[int, int, int]:
     """Rows, keys and warps, for the larger head size: none of them spills a register."""
     if itemsize == 4 or size > 128:
-        return 16, 16, 4
+        return 16, 16, 8 if itemsize == 2 and capability < 90 else 4
     return 32, 32, 8
 
 
@@ -75,7 +76,7 @@ def bias_kernel(
     acc = tl.zeros((ROWS, KEYS), tl.float32)
     # heads of all batch entries that the tile is added to
     entries = (batch if ALL[0] else 1) * (heads if ALL[1] else 1)
-    for entry in range(0, entries):
+    for entry in tl.range(0, entries, disable_licm=True):
         each = heads if ALL[1] else 1
         b = (entry // each + bias_batch).to(tl.int64)
         h = (entry % each + bias_head).to(tl.int64)
@@ -87,7 +88,9 @@ def bias_kernel(
         k_at = k + b * k_by.batch + (h // group) * k_by.head + d
         v_at = v + b * v_by.batch + (h // group) * v_by.head + e
         since = 0 if ALL[2] else tile_row
-        for row_tile in range(since, tl.cdiv(rows, ROWS) if ALL[2] else tile_row + 1):
+        for row_tile in tl.range(
+            since, tl.cdiv(rows, ROWS) if ALL[2] else tile_row + 1, disable_licm=True
+        ):
             row = row_tile * ROWS + m
             inside = row < rows
             place = row.to(tl.int64)
@@ -104,7 +107,7 @@ def bias_kernel(
             begin, end = tl.min(low, 0) // KEYS, tl.cdiv(tl.max(high, 0), KEYS)
             if not ALL[3]:
                 begin, end = tl.maximum(begin, tile_key), tl.minimum(end, tile_key + 1)
-            for key_tile in range(begin, end):
+            for key_tile in tl.range(begin, end, disable_licm=True):
                 key = key_tile * KEYS + n
                 key_place = key.to(tl.int64)[:, None]
                 keys_here = load(k_at + key_place * k_by.row, key, 0, keys, D, PAD_D, True)
@@ -155,7 +158,8 @@ def dbias(call: Call, saved: tuple[Tensor, ...], given: Options) -> Tensor:
     at = coordinates(rows, keys, call.mask.starts_q, call.mask.starts_k, q.device)
     bounds = row_bounds(at, given.left, given.right, given.lo, given.hi)
     low, high = (x.int().contiguous() for x in bounds)
-    tile_rows, tile_keys, warps = _tile(max(q.shape[3], v.shape[3]), q.element_size())
+    size = max(q.shape[3], v.shape[3])
+    tile_rows, tile_keys, warps = _tile(size, q.element_size(), triton_kernels.capability(q))
     tiles = triton.cdiv(bias.shape[2], tile_rows), triton.cdiv(bias.shape[3], tile_keys)
     left_out = ("HAS_LEFT", "HAS_RIGHT", "SEARCH", "sequences", "left", "right")
     bias_kernel[(bias.shape[0] * bias.shape[1] * tiles[0] * tiles[1],)](

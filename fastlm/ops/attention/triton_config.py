@@ -81,11 +81,15 @@ _AMPERE: Table = {
         _entry((32, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     ),
 }
-# float32 is multiplied without tensor cores, unless torch allows tf32
-_FLOAT32: dict[int, Entry] = {
-    64: _entry((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    128: _entry((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    256: _entry((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+# float32 is multiplied without tensor cores, unless torch allows tf32; all below bias and dropout,
+# and with them, which the op refuses above 128
+_FLOAT32: dict[int, tuple[Entry, Entry]] = {
+    64: (
+        _entry((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        _entry((64, 32, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1)),
+    ),
+    128: (_entry((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),) * 2,
+    256: (_entry((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),) * 2,
 }
 _INTERPRETED = _entry((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1))
 
@@ -96,6 +100,6 @@ def tiles(capability: int, size: int, itemsize: int, kind: int) -> Entry:
         return _INTERPRETED
     size = max(64, size)
     if itemsize == 4:
-        return _FLOAT32[size]
+        return _FLOAT32[size][kind == ALL]
     hopper = capability in (90, 100, 103)
     return (_HOPPER if hopper else _AMPERE)[size][kind]
