@@ -194,7 +194,7 @@ def _tile(rows: int, size: int, itemsize: int) -> tuple[int, int]:
     if itemsize == 4:
         most, keys = 16, 32 if size <= 64 else 16
     else:
-        most, keys = (64, 64) if size <= 64 else (32, 64) if size <= 128 else (16, 16)
+        most, keys = (64, 64) if size <= 64 else (32, 32) if size <= 128 else (16, 16)
     return max(16, min(most, triton.next_power_of_2(rows))), keys
 
 
