@@ -209,7 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="smaller in everything, with bounds of its own"
     )
     demo.add_argument(
-        "--budget", metavar="B", help="of all phases, such as 10m; steps or epochs: of training"
+        "--budget",
+        metavar="B",
+        help="for the phases that learn, such as 10m; steps or epochs: for training alone",
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     output_options(demo)
