@@ -55,7 +55,7 @@ RUNS = {
 # what is typed at those that ask
 TYPED = {"fastlm prefs label": "a\nb\nt\nq\n"}
 # how many lines at the beginning are the model's own words, which are not compared
-OWN_WORDS = {"fastlm generate": 99, "fastlm summarize": 1}
+OWN_WORDS = {"fastlm generate": 99, "fastlm summarize": 1, "fastlm summarize runs/summaries": 2}
 # not run here: why, or the test that runs it
 EXCEPTIONS = {
     "make demo": "tests/test_lm_demo.py::test_every_phase_and_criterion",
@@ -95,6 +95,7 @@ def write_inputs(folder: Path) -> None:
     docstrings = data.AUSTEN.parent / "docstrings" / "pairs.jsonl.gz"
     with gzip.open(docstrings, "rt", encoding="utf-8") as file:
         (folder / "summaries.jsonl").write_text("".join(next(file) for _ in range(80)))
+    (folder / "prompts.txt").write_text("Captain Wentworth\nShe had never\n")
     (folder / "summary.txt").write_text("Sir Walter Elliot reads the Baronetage. He is vain.")
 
 
