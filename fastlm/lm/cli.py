@@ -79,7 +79,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_on(ranks: Any, args: argparse.Namespace) -> int:
-    from . import checkpoint, files, planning, recipe, sinks, starting, tokenizer, trainer
+    from . import checkpoint, files, planning, sinks, starting, trainer
     from . import settings as named
 
     if args.dry_run:
@@ -89,14 +89,9 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         sinks.tensorboard()  # a missing package is said at once
     saved = _saved(args)
     reporter = _reporter(args)
-    start = starting.start_of(named.given(args), saved)
-    settings = saved.state.get("settings", {}) if saved is not None else {}
-    chosen = recipe.Recipe.of(settings if start is None else start.settings, named.given(args))
-    config = chosen.train_config()  # what is wrong with it is said before any text is read
-    known = None if start is None else start.tokenizer
-    if saved is not None and chosen.init is not None:
-        known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
-    data = ranks.first(lambda: starting.prepare(chosen, known))
+    found = starting.choose(named.given(args), saved)
+    chosen, start = found.recipe, found.start
+    data = ranks.first(found.prepare)
     for line in starting.describe(data):
         reporter.line(line)
     model = chosen.make_model(data.tokens)
@@ -107,7 +102,7 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         model.to(ranks.device),
         data.tokens,
         data.tokenizer,
-        config,
+        chosen.train_config(),
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,

@@ -112,12 +112,10 @@ class Trainer(Callbacks):
     # ---- state on disk ------------------------------------------------------------------------
 
     def described(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint."""
-        return {
-            "model": {"kind": self._kind, **self.model.config_dict()},
-            "train": asdict(self.config),
-            "data": {"tokenizer": self.tokenizer.sha256, "tokens": self.store.sha256},
-        }
+        """As `trainstate.described`."""
+        # FSDP2 makes the model one of another class
+        about = trainstate.described(self.model, self.config, self.tokenizer, self.store)
+        return {**about, "model": {**about["model"], "kind": self._kind}}
 
     def save(self) -> Path:
         """Write a checkpoint of the current step and drop all but the newest ones."""
