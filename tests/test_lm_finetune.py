@@ -251,7 +251,7 @@ def test_refusals(
     refused(errors.USAGE, "--vocab is decided by --init", *init, "--vocab", "500")
     refused(errors.USAGE, "a share such as 0.1, got 'emma'", *qa, "--holdout", "emma")
     refused(errors.BAD_INPUT, "no column 'text'", "--pairs", questions, "--format", "summary")
-    refused(errors.BAD_INPUT, "no column 'chapter'", *qa, "--group", "chapter")
+    refused(errors.BAD_INPUT, "'page' (--format, --group)", *qa, "--group", "chapter")
     refused(errors.BAD_CHECKPOINT, "no such folder", *qa, "--init", str(tmp_path / "none"))
     assert not out.exists()
     assert train(out, *init) == errors.OK

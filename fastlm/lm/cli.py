@@ -60,6 +60,8 @@ def _saved(args: argparse.Namespace) -> Any:
     """The checkpoint to continue from, or None for a new run."""
     from . import checkpoint
 
+    if (args.out / checkpoint.STATE).exists():
+        raise errors.UsageError(f"{args.out}: is a saved model itself; choose another --out")
     if args.resume not in ("auto", "never"):
         return checkpoint.find(Path(args.resume))
     if args.resume == "never":
@@ -72,7 +74,7 @@ def _saved(args: argparse.Namespace) -> Any:
 def _train(args: argparse.Namespace) -> int:
     from . import distributed
 
-    with distributed.connected(args.parallel) as ranks:
+    with distributed.connected(args.parallel, args.device) as ranks:
         if not ranks.chief:
             args.quiet, args.json = True, False
         return _train_on(ranks, args)
@@ -109,6 +111,7 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         on_save_error=args.on_save_error,
         settings=chosen.to_json(),
         ranks=ranks,
+        workers=args.workers,
     )
     if saved is not None:
         if ranks.chief:

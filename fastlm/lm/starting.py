@@ -128,6 +128,8 @@ def choose(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Chosen
     Raises:
         UsageError: a setting is out of range, or as `start_of`.
     """
+    if saved is not None and "train" not in saved.state.get("config", {}):
+        raise UsageError(f"{saved.path} is of another command than train; use another --out")
     start = start_of(given, saved)
     remembered = saved.state.get("settings", {}) if saved is not None else {}
     recipe = Recipe.of(remembered if start is None else start.settings, given)
