@@ -225,6 +225,19 @@ def test_a_reward_of_ones_own(run: Path, own: Path, capsys: pytest.CaptureFixtur
     assert "no document of the train part has 100000 tokens" in capsys.readouterr().err
 
 
+def test_a_place_for_the_reward_model_is_asked_for_first(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pairs, file = tmp_path / "p.jsonl", tmp_path / "file"
+    made = ["prefs", "from-model", str(run / "run"), "--count", "4", "--out", str(pairs)]
+    assert cli.main([*made, "--prompt-tokens", "6", "--tokens", "6", "--quiet"]) == 0
+    file.write_text("")
+    options = ["reward", str(pairs), "--model", str(run / "run"), "--budget", "1steps"]
+    assert cli.main([*options, "--out", str(file / "reward")]) == 2
+    found = capsys.readouterr()
+    assert str(file) in found.err and "steps" not in found.out
+
+
 def test_what_follows_a_policy_knows_its_text(
     run: Path, own: Path, capsys: pytest.CaptureFixture
 ) -> None:

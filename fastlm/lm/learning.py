@@ -139,6 +139,7 @@ PREFS = {"label": _label, "sample": _sample, "check": _check, "from-model": _fro
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     checkpoint.require_free(args.out)
+    files.make_folder(args.out.parent)
     _, tokenizer = generation.load(args.model)
     train = preferences.load(args.preferences, args.format, args.provenance)
     test = preferences.load(args.test, args.format, args.provenance) if args.test else None
