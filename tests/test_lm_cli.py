@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastlm.lm import checkpoint, cli, data, errors
+from fastlm.lm import checkpoint, cli, data, distributed, errors, machine
 
 TINY = ["--tokenizer", "bytes", "--hidden", "16", "--batch", "4", "--seq", "16", "--evals", "2"]
 
@@ -105,6 +106,33 @@ def test_train_generate_resume(
     assert first == "It is" + json.loads(capsys.readouterr().out)["text"] + "\n"
     assert cli.main([*command, "--temperature", "-1"]) == errors.USAGE
     assert "temperature" in only_line(capsys)
+
+
+def test_workers_change_nothing(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for workers in ("0", "1"):
+        out = tmp_path / workers
+        assert train(text, out, "--budget", "3steps", "--workers", workers, "--quiet") == errors.OK
+        found.append(checkpoint.find(out).tensors(checkpoint.MODEL))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert train(text, tmp_path / "2", "--workers", "-1") == errors.USAGE
+    assert "workers must not be negative" in only_line(capsys)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_device(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert machine.device_of("cpu").type == "cpu"
+    assert machine.device_of("auto").type == ("cuda" if gpu else "cpu")
+    with distributed.connected() as ranks:
+        assert ranks.device == machine.device_of("auto")
+    with distributed.connected(device="cpu") as ranks:
+        assert ranks.device.type == "cpu" == distributed.Ranks.device.type
+    if not gpu:
+        with pytest.raises(errors.UsageError, match="finds no GPU"):
+            machine.device_of("cuda")
 
 
 def test_train_and_generate_with_a_transformer(

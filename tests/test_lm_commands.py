@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,6 +88,16 @@ def test_equal_seconds_and_what_repeats_is_no_fold(
         "mean",
         "deviation",
     ]
+
+
+@pytest.mark.parametrize(
+    "options", [["cv", "--first", "0"], ["summarize", "RUN", "--pairs", "x", "--count", "0"]]
+)
+def test_nothing_to_count_is_2(
+    run: Path, options: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main([str(run / "run") if word == "RUN" else word for word in options]) == 2
+    assert f"{options[-2]} must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_summary_beside_the_lead(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -212,6 +223,38 @@ def test_a_reward_of_ones_own(run: Path, own: Path, capsys: pytest.CaptureFixtur
     assert far["stopped"] == "kl" and len(far["history"]) == 2
     assert cli.main([*arguments, "--out", str(own / "long"), "--prompt", "99999"]) == 3
     assert "no document of the train part has 100000 tokens" in capsys.readouterr().err
+
+
+def test_a_place_for_the_reward_model_is_asked_for_first(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pairs, file = tmp_path / "p.jsonl", tmp_path / "file"
+    made = ["prefs", "from-model", str(run / "run"), "--count", "4", "--out", str(pairs)]
+    assert cli.main([*made, "--prompt-tokens", "6", "--tokens", "6", "--quiet"]) == 0
+    file.write_text("")
+    options = ["reward", str(pairs), "--model", str(run / "run"), "--budget", "1steps"]
+    assert cli.main([*options, "--out", str(file / "reward")]) == 2
+    found = capsys.readouterr()
+    assert str(file) in found.err and "steps" not in found.out
+
+
+def test_what_follows_a_policy_knows_its_text(
+    run: Path, own: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["rl", str(run / "run"), "--reward", "rewards_of_ones_own:letters", *RL]
+    assert cli.main([*arguments, "--out", str(own / "rl"), "--quiet"]) == 0
+    found = said(capsys, "eval", str(own / "rl"), "--samples", "0")
+    assert found["documents"].keys() == {"two"}
+    # before it has ended too, and nothing else is done in its folder
+    shutil.rmtree(own / "rl" / "model")
+    assert said(capsys, "eval", str(own / "rl"), "--samples", "0") == found
+    for other in (["train"], ["train", "--dry-run"]):
+        assert cli.main([*other, "--out", str(own / "rl")]) == 2
+        assert "is of another command than train" in capsys.readouterr().err
+    assert cli.main([*arguments, "--out", str(run / "run")]) == 2
+    assert "is of another command; use another --out" in capsys.readouterr().err
+    assert cli.main(["train", "--out", str(run / "run" / "model")]) == 2
+    assert "is a saved model itself" in capsys.readouterr().err
 
 
 def test_equal_rewards_are_a_warning(run: Path, own: Path, capsys: pytest.CaptureFixture) -> None:

@@ -191,6 +191,47 @@ def test_from_text_to_pairs_to_text(
     assert cli.main(["eval", str(last), "--samples", "0", "--quiet"]) == errors.OK
 
 
+def test_plan_config_file_and_python_know_pairs_and_a_start(
+    text: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    options = ["--tokenizer", "bytes", "--hidden", "16", "--seq", "16", "--budget", "1steps"]
+    assert train(base, "--data", text, *options) == errors.OK
+    more = ["--pairs", questions, "--format", "qa", "--init", str(base), "--budget", "2epochs"]
+    # what is planned is what is then trained: sizes, tokenizer, lr, and pairs for steps
+    capsys.readouterr()
+    assert train(out, *more, "--dry-run", "--json") == errors.OK
+    assert not out.exists()
+    planned = json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", *more, "--batch", "4", "--json"]) == errors.OK
+    assert json.loads(capsys.readouterr().out)["steps"] == planned["steps"]
+    assert cli.main(["plan", *more, "--memory", "8GiB", "--measure", "--quiet"]) == errors.OK
+    assert train(out, *more, "--json") == errors.OK
+    trained = json.loads(capsys.readouterr().out)
+    saved = checkpoint.newest(out)
+    assert saved is not None and saved.state["settings"] == planned["settings"]
+    assert trained["steps"] == planned["steps"] and planned["epochs"] == 2
+    # a plan refuses what the run would refuse
+    assert train(tmp_path / "wide", *more, "--hidden", "32", "--dry-run") == errors.USAGE
+    assert train(out, "--hidden", "32", "--dry-run") == errors.USAGE
+    assert "hidden_size: 16 -> 32" in capsys.readouterr().err
+    # its config.toml repeats it, and the one of the start can be given beside it
+    again = ["--config", str(out / "config.toml"), "--quiet"]
+    assert train(tmp_path / "again", *again) == errors.OK
+    weights = [checkpoint.find(run).tensors(checkpoint.MODEL) for run in (out, tmp_path / "again")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    both = ["--config", str(base / "config.toml"), "--init", str(base), "--budget", "1steps"]
+    assert train(tmp_path / "both", *both, "--quiet") == errors.OK
+    made = lm.make_trainer(
+        out=tmp_path / "python", pairs=(questions,), format="qa", init=str(base), batch=4,
+        evals=1, budget="2epochs",
+    )  # fmt: skip
+    assert made.fit().steps == planned["steps"]
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, weights[0][name])
+    assert lm.make_trainer(out=tmp_path / "python").finished()
+
+
 def test_refusals(
     text: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +251,7 @@ def test_refusals(
     refused(errors.USAGE, "--vocab is decided by --init", *init, "--vocab", "500")
     refused(errors.USAGE, "a share such as 0.1, got 'emma'", *qa, "--holdout", "emma")
     refused(errors.BAD_INPUT, "no column 'text'", "--pairs", questions, "--format", "summary")
-    refused(errors.BAD_INPUT, "no column 'chapter'", *qa, "--group", "chapter")
+    refused(errors.BAD_INPUT, "'page' (--format, --group)", *qa, "--group", "chapter")
     refused(errors.BAD_CHECKPOINT, "no such folder", *qa, "--init", str(tmp_path / "none"))
     assert not out.exists()
     assert train(out, *init) == errors.OK

@@ -149,6 +149,42 @@ def test_a_training_run_has_a_page_too(tmp_path: Path) -> None:
     assert "levelled off" in page and "1.900" in page and page.count("<svg") == 1
 
 
+def test_damage_and_what_was_done_again(tmp_path: Path) -> None:
+    """A run that was killed, resumed two steps back and given more: the last word counts."""
+    step = {"event": "step", "loss": 3.0, "loss_ema": 3.0, "bits_per_byte": 2.0}
+    score = {"nats_per_token": 3.1, "perplexity": 22.2}
+    first = [{**step, "step": n} for n in (1, 2, 3, 4)]
+    first += [{"event": "eval", "step": 4, "bits_per_byte": 1.8, **score}]
+    then = [{"event": "resume", "step": 2}, *({**step, "step": n} for n in (3, 4, 5))]
+    for n in (5, 6):
+        then += [{**step, "step": n}, {"event": "held-out", "step": n, "bits_per_byte": n, **score}]
+        then += [{"event": "end", "step": n, "verdict": f"verdict {n}"}]
+    lines = [*map(json.dumps, first), '{"event": "st', "\x00\x00", "3", *map(json.dumps, then)]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    events = report.read_events(tmp_path / "metrics.jsonl")
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert not [e for e in events if e["event"] == "eval"]
+    found, _ = report.read(tmp_path)
+    assert found["training"]["held_out"]["bits_per_byte"] == 6
+    assert found["training"]["verdict"] == "verdict 6"
+    assert cli.main(["report", str(tmp_path)]) == errors.OK
+
+
+@pytest.mark.parametrize("kind", ["rl", "dpo"])
+def test_other_runs_have_their_curves(kind: str, tmp_path: Path) -> None:
+    if kind == "rl":
+        own = {"event": "iteration", "reward": -0.5, "kl": 0.1, "distinct_2": 0.9}
+        lines: list[dict[str, Any]] = [{**own, "iteration": n} for n in (1, 2, 3)]
+    else:
+        judged = {"loss": 0.7, "margin": 0.1, "accuracy": 0.5}
+        lines = [{"event": "eval", "step": 0, **judged, "accuracy": {"value": 0.5}}]
+        lines += [{"event": "step", "step": n, **judged} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cli.main(["report", str(tmp_path)]) == errors.OK
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 1 and f"fastlm {kind}" in page and "Three panels over 3" in page
+
+
 def test_nothing_to_show_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path)]) == errors.BAD_INPUT
     assert "neither report.json nor metrics.jsonl" in capsys.readouterr().err

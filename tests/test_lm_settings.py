@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -231,6 +235,28 @@ def test_every_step_has_its_line(
     parts = [part.split()[0] for part in lines[0].split(" | ")]
     assert parts[1] == "loss" and parts[3] == "lr" and parts[5:] == ["mfu", "peak", "eta"]
     assert "bits/byte" in lines[0] and "tok/s" in lines[0]
+
+
+def test_tensorboard_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = threading.excepthook
+    sink = sinks.TensorBoard(tmp_path / "events")
+
+    def full(data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # what its thread writes with: the thread ends, and a later call is told
+    sink._writer._get_file_writer().event_writer._async_writer._writer.write = full
+    for step in range(2000):
+        sink.record("step", step, {"loss": 1.0})
+        if sink._writer is None:
+            break
+        time.sleep(0.001)
+    sink.record("step", 2001, {"loss": 1.0})
+    sink.close()
+    assert threading.excepthook is not sink._thread_failed
+    said = capsys.readouterr().err
+    assert said == "fastlm: warning: TensorBoard gets no more: No space left on device\n"
+    assert threading.excepthook == before
 
 
 def test_dry_run_writes_nothing(

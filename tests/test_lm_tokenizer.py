@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlm.lm import data, tokenizer
+from fastlm.lm import data, errors, tokenizer
 from fastlm.lm.errors import CheckpointError, InputError, MissingExtra
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -53,6 +53,11 @@ def test_bpe_shortens_and_special_names_are_plain_text() -> None:
     assert len(found.encode(text)) < 0.8 * len(text)
     assert found.decode(found.encode(text)) == text
     assert found.decode([found.end]) == ""
+
+
+def test_more_ids_than_memory_has_room_for() -> None:
+    with pytest.raises(errors.UsageError, match="at most 1,048,576, got 1000000000"):
+        tokenizer.BPETokenizer.train(["It was."], 1_000_000_000)
 
 
 def test_long_text_without_a_line_break() -> None:

@@ -231,6 +231,8 @@ def require_same(saved: Checkpoint, now: dict[str, Any], allow: tuple[str, ...])
     Raises:
         UsageError: the message lists the differences.
     """
+    if saved.state["config"].keys() != now.keys():
+        raise UsageError(f"{saved.path} is of another command; use another --out")
     known = {key for part in now.values() for key in part}
     for name in allow:
         if name not in known:

@@ -60,6 +60,8 @@ def _saved(args: argparse.Namespace) -> Any:
     """The checkpoint to continue from, or None for a new run."""
     from . import checkpoint
 
+    if (args.out / checkpoint.STATE).exists():
+        raise errors.UsageError(f"{args.out}: is a saved model itself; choose another --out")
     if args.resume not in ("auto", "never"):
         return checkpoint.find(Path(args.resume))
     if args.resume == "never":
@@ -72,14 +74,14 @@ def _saved(args: argparse.Namespace) -> Any:
 def _train(args: argparse.Namespace) -> int:
     from . import distributed
 
-    with distributed.connected(args.parallel) as ranks:
+    with distributed.connected(args.parallel, args.device) as ranks:
         if not ranks.chief:
             args.quiet, args.json = True, False
         return _train_on(ranks, args)
 
 
 def _train_on(ranks: Any, args: argparse.Namespace) -> int:
-    from . import checkpoint, files, planning, recipe, sinks, starting, tokenizer, trainer
+    from . import checkpoint, files, planning, sinks, starting, trainer
     from . import settings as named
 
     if args.dry_run:
@@ -89,14 +91,9 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         sinks.tensorboard()  # a missing package is said at once
     saved = _saved(args)
     reporter = _reporter(args)
-    start = starting.start_of(named.given(args), saved)
-    settings = saved.state.get("settings", {}) if saved is not None else {}
-    chosen = recipe.Recipe.of(settings if start is None else start.settings, named.given(args))
-    config = chosen.train_config()  # what is wrong with it is said before any text is read
-    known = None if start is None else start.tokenizer
-    if saved is not None and chosen.init is not None:
-        known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
-    data = ranks.first(lambda: starting.prepare(chosen, known))
+    found = starting.choose(named.given(args), saved)
+    chosen, start = found.recipe, found.start
+    data = ranks.first(found.prepare)
     for line in starting.describe(data):
         reporter.line(line)
     model = chosen.make_model(data.tokens)
@@ -107,13 +104,14 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         model.to(ranks.device),
         data.tokens,
         data.tokenizer,
-        config,
+        chosen.train_config(),
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,
         on_save_error=args.on_save_error,
         settings=chosen.to_json(),
         ranks=ranks,
+        workers=args.workers,
     )
     if saved is not None:
         if ranks.chief:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, files, sharding
+from . import checkpoint, files, machine, sharding
 from .errors import LMError, OtherRank, UsageError
 
 WAYS = ("ddp", "fsdp2")
@@ -333,9 +333,9 @@ def started() -> bool:
     return all(name in os.environ for name in _ENVIRONMENT)
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def _device(local_rank: int, asked: torch.device) -> torch.device:
+    if asked.type == "cpu":
+        return asked
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UsageError(f"rank {local_rank} of this machine has no GPU: there are {count}")
@@ -349,13 +349,14 @@ def _lost(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def connected(way: str | None = None) -> Iterator[Ranks]:
+def connected(way: str | None = None, device: str = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun started, for as long as they work together; without it one process.
 
     gloo on a CPU, nccl on GPUs, of which rank r of a machine takes number r.
 
     Args:
         way: "ddp" (the default) or "fsdp2".
+        device: "auto", "cpu" or "cuda", as `machine.device_of`.
 
     Raises:
         UsageError: `way` is given and there is no torchrun.
@@ -367,15 +368,17 @@ def connected(way: str | None = None) -> Iterator[Ranks]:
                 f"--parallel {way} is for several processes: torchrun --nproc-per-node 2 "
                 "-m fastlm.lm train ..."
             )
-        yield Ranks()
+        alone = Ranks()
+        alone.device = machine.device_of(device)
+        yield alone
         return
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = _device(local_rank)
+    place = _device(local_rank, machine.device_of(device))
     whole = True
     try:
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=TIMEOUT)
-        yield Group(way or "ddp", device, local_rank)
+        yield Group(way or "ddp", place, local_rank)
         dist.barrier()  # torchrun ends all when one has ended badly: not before rank 0 has written
     except RuntimeError as error:
         if not _lost(error):

@@ -115,6 +115,7 @@ class DPO:
     Args:
         test: preferences to judge by; None holds out a tenth of the prompts.
         out: run folder for checkpoints and metrics.jsonl; None keeps nothing on disk.
+        settings: of the training of `model`, stored in every checkpoint.
         on_step: called with each `Step`; for tests and callbacks.
     """
 
@@ -130,11 +131,12 @@ class DPO:
         out: Path | None = None,
         reporter: Reporter | None = None,
         save_every: float = 30.0,
+        settings: dict[str, Any] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config or DPOConfig()
         self.out, self.reporter, self.save_every = out, reporter or Quiet(), save_every
-        self.on_step = on_step
+        self.on_step, self.settings = on_step, settings or {}
         train, test = self._split(preferences, test, holdout)
         longest = self.config.longest
         if model.window is not None:
@@ -338,6 +340,7 @@ class DPO:
         tensors = checkpoint.optimizer_tensors(self.optimizer) | {"reference": self.reference}
         state = {
             "config": self.described(),
+            "settings": self.settings,
             "steps": self.steps,
             "seconds": self.seconds,
             "judged_at": self.judged_at,

@@ -71,6 +71,7 @@ def command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON)
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,
+        settings=settings,
     )
     held = _held_out(args, settings, tokenizer, reporter)
     before = _text(model, held, tokenizer)  # the starting model is still in it

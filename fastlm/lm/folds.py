@@ -177,6 +177,8 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def command(args: argparse.Namespace, reporter: Reporter, print_json: Callable[[Any], None]) -> int:
+    if args.first is not None and args.first < 1:
+        raise errors.UsageError(f"--first must be at least 1, got {args.first}")
     variants = list(dict.fromkeys(args.compare.split(",")))
     if args.out is not None:
         files.require_place(args.out)

@@ -139,6 +139,7 @@ PREFS = {"label": _label, "sample": _sample, "check": _check, "from-model": _fro
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     checkpoint.require_free(args.out)
+    files.make_folder(args.out.parent)
     _, tokenizer = generation.load(args.model)
     train = preferences.load(args.preferences, args.format, args.provenance)
     test = preferences.load(args.test, args.format, args.provenance) if args.test else None
@@ -181,6 +182,14 @@ def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
     return after["reward"] > before["reward"] and after.get("judge", 0.0) < before.get("judge", 0.0)
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the training of the model that is improved: its text is known to what comes after."""
+    own: dict[str, Any] = checkpoint.find(args.model).state.get("settings", {})
+    if own or args.data is None:
+        return own
+    return {"data": [str(Path(path).resolve()) for path in args.data], "holdout": args.holdout}
+
+
 def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     model, tokenizer, prepared = open_model(args.model, args.data, args.holdout)
     judges: dict[str, Reward] = {"reward": _reward_of(args.reward)}
@@ -197,6 +206,7 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
         out=args.out,
         reporter=reporter,
         save_every=args.save_every,
+        settings=settings_of(args),
     )
     saved = checkpoint.newest(args.out)
     if saved is not None:
@@ -218,7 +228,7 @@ def policy_command(args: argparse.Namespace, reporter: Reporter, print_json: Pri
     if alarm:
         reporter.line("OVER-OPTIMISED: the reward rose, the judge that was not optimised fell")
     described = {name: run.described()[name] for name in ("model", "data")}
-    state = {"config": described, "settings": {}}
+    state = {"config": described, "settings": run.settings}
     checkpoint.write(args.out / "model", model.state_dict(), {}, state, tokenizer)
     reporter.line(f"stopped by {result.stopped}; model: {args.out / 'model'}")
     if args.json:

@@ -13,6 +13,24 @@ import torch
 
 from fastlm import matmul
 
+from .errors import UsageError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def device_of(name: str) -> torch.device:
+    """Where one process computes. "auto": on a GPU where there is one.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("--device cuda: PyTorch finds no GPU here; fastlm doctor says why")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
 
 @functools.cache
 def gemm_rate(

@@ -97,6 +97,8 @@ def _summaries(
 
 def _summarize_pairs(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     """ROUGE on the pairs that a model of these files was not trained on."""
+    if args.count is not None and args.count < 1:
+        raise errors.UsageError(f"--count must be at least 1, got {args.count}")
     settings, values = _settings(args.model), {"pairs": args.pairs, "format": "summary"}
     if settings.get("pairs") is None:
         reporter.line("note: this model was not trained on pairs")

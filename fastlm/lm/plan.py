@@ -89,6 +89,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Pairs, whose rows are as long as they are: tokens of one on average and of the longest, and
+    the share of them that is learned."""
+
+    mean: float
+    longest: int
+    learned: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """`seconds` and `steps` of the whole run; `epochs`: how often the text is read."""
 
@@ -97,11 +107,12 @@ class Plan:
     parameters: int
     memory: Memory
     flops_per_step: float
-    tokens_per_step: int
+    tokens_per_step: float
     tokens_per_second: float
     steps: int
     seconds: float
     epochs: float
+    rows: Rows | None = None
 
     def lines(self) -> Iterator[str]:
         recipe, memory = self.recipe, self.memory
@@ -110,10 +121,12 @@ class Plan:
             f"{self.parameters:,} parameters"
         )
         parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
-        yield (
-            f"step: {recipe.batch} x {recipe.seq} tokens{parts}, {recipe.precision}, "
-            f"{self.flops_per_step / 1e9:,.2f} GFLOP"
-        )
+        row = f"{recipe.batch} x {recipe.seq} tokens"
+        if self.rows is not None:
+            row = (
+                f"{recipe.batch} pairs of {self.rows.mean:.0f} tokens (at most {self.rows.longest})"
+            )
+        yield (f"step: {row}{parts}, {recipe.precision}, {self.flops_per_step / 1e9:,.2f} GFLOP")
         yield (
             f"memory: {size(memory.peak)} at the peak: weights {size(memory.weights)}, gradients "
             f"{size(memory.gradients)}, optimizer {size(memory.optimizer)}, activations "
@@ -203,31 +216,43 @@ def speed(recipe: Recipe, flops_per_token: float, rate: float) -> float:
 
 
 def estimate(
-    recipe: Recipe, vocab_size: int, train_tokens: int, *, rate: float, process: int = 0
+    recipe: Recipe,
+    vocab_size: int,
+    train_tokens: int,
+    *,
+    rate: float,
+    process: int = 0,
+    rows: Rows | None = None,
 ) -> Plan:
-    """The plan of `recipe` on a text of `train_tokens` tokens.
+    """The plan of `recipe` on a text, or on pairs, of `train_tokens` tokens.
 
     Args:
         rate: products of the machine in `recipe.precision`, FLOP/s (`machine.gemm_rate`).
         process: bytes that the process has before there is a model.
     """
     model = blank(recipe, vocab_size)
-    tokens = recipe.batch * recipe.seq
+    tokens: float = recipe.batch * recipe.seq
     flops = float(model.config.flops_per_token())
+    steps_per_epoch, longest = train_tokens // int(tokens), recipe
+    if rows is not None:
+        tokens, longest = recipe.batch * rows.mean, replace(recipe, context=None, seq=rows.longest)
+        steps_per_epoch = math.ceil(train_tokens / tokens - 1e-6)  # the last has what is left
+        flops -= 6.0 * recipe.hidden * vocab_size * (1.0 - rows.learned)
     pace = speed(recipe, flops, rate)
-    budget = Budget.parse(recipe.budget).resolve(max(1, train_tokens // tokens))
+    budget = Budget.parse(recipe.budget).resolve(max(1, steps_per_epoch))
     steps = budget.amount if budget.unit == "steps" else budget.amount * pace / tokens
     return Plan(
         recipe=recipe,
         vocab_size=vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
-        memory=memory(recipe, model, vocab_size, process),
+        memory=memory(longest, model, vocab_size, process),
         flops_per_step=flops * tokens,
         tokens_per_step=tokens,
         tokens_per_second=pace,
         steps=max(1, math.floor(steps)),
         seconds=steps * tokens / pace if budget.unit == "steps" else budget.amount,
-        epochs=steps * tokens / max(1, train_tokens),
+        epochs=steps / steps_per_epoch if rows else steps * tokens / max(1, train_tokens),
+        rows=rows,
     )
 
 
@@ -250,6 +275,7 @@ def choose(
     limit: int,
     rate: float,
     process: int = 0,
+    rows: Rows | None = None,
 ) -> Plan:
     """The largest of `sizes` that fits into `limit` bytes, and for which the budget has enough
     tokens: as many for each parameter, from a text that is not read too often.
@@ -260,7 +286,7 @@ def choose(
     best: Plan | None = None
     for chosen in sizes(recipe.model):
         candidate = replace(recipe, **{**recipe.to_json(), **chosen})
-        plan = estimate(candidate, vocab_size, train_tokens, rate=rate, process=process)
+        plan = estimate(candidate, vocab_size, train_tokens, rate=rate, process=process, rows=rows)
         if plan.memory.peak > limit:
             if best is None:
                 raise UsageError(

@@ -9,17 +9,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from . import errors, machine, plan, preparation, settings
+from . import errors, machine, pairdata, plan, preparation, settings, starting, trainstate
 from .checkpoint import Checkpoint
+from .pairs import PairStore
 from .progress import Reporter, clock
 from .recipe import Recipe
 from .trainer import Trainer
 
 PrintJSON = Callable[[Any], None]
+Prepared = preparation.Prepared | pairdata.PreparedPairs
 MEASURED_STEPS = 5
 
 
-def process_memory(recipe: Recipe, data: preparation.Prepared) -> int:
+def process_memory(recipe: Recipe, data: Prepared) -> int:
     """Bytes of this process with the code, threads and buffers of training in it, which come with
     the first step: that of a very small model."""
     small: dict[str, Any] = {"hidden": 32, "layers": 1, "kv_heads": None, "embedding": None}
@@ -30,17 +32,28 @@ def process_memory(recipe: Recipe, data: preparation.Prepared) -> int:
     return machine.resident_memory()
 
 
-def _estimate(recipe: Recipe, data: preparation.Prepared, limit: int | None = None) -> plan.Plan:
+def rows_of(recipe: Recipe, store: PairStore) -> tuple[int, plan.Rows]:
+    """(tokens of all training pairs, what their rows are like)."""
+    lengths = [int(stop - start) for start, _, stop in store.places[store.rows("train")]]
+    lanes = store.batches(batch=recipe.batch, length=recipe.seq, seed=recipe.seed)
+    mean = sum(lengths) / len(lengths)
+    return sum(lengths), plan.Rows(mean, max(lengths), lanes.learned_share)
+
+
+def _estimate(recipe: Recipe, data: Prepared, limit: int | None = None) -> plan.Plan:
     """The plan on this machine; with `limit`, of the model that is chosen for it."""
-    train_tokens = data.tokens.totals("train")["tokens"]
+    rows, train_tokens = None, data.tokens.totals("train")["tokens"]
+    if isinstance(data.tokens, PairStore):
+        train_tokens, rows = rows_of(recipe, data.tokens)
     rate, process = machine.gemm_rate(precision=recipe.precision), process_memory(recipe, data)
+    about: dict[str, Any] = {"rate": rate, "process": process, "rows": rows}
     vocab = data.tokens.vocab_size
     if limit is not None:
-        return plan.choose(recipe, vocab, train_tokens, limit=limit, rate=rate, process=process)
-    return plan.estimate(recipe, vocab, train_tokens, rate=rate, process=process)
+        return plan.choose(recipe, vocab, train_tokens, limit=limit, **about)
+    return plan.estimate(recipe, vocab, train_tokens, **about)
 
 
-def measure(recipe: Recipe, data: preparation.Prepared) -> dict[str, float]:
+def measure(recipe: Recipe, data: Prepared) -> dict[str, float]:
     """Tokens a second and peak of some real steps, thrown away."""
     machine.forget_peak()
     run = Trainer(
@@ -52,8 +65,7 @@ def measure(recipe: Recipe, data: preparation.Prepared) -> dict[str, float]:
         start = time.perf_counter()
         run.step()
         seconds.append(time.perf_counter() - start)
-    tokens = recipe.batch * recipe.seq
-    speed = tokens / machine.spread(seconds)[1]
+    speed = run.lanes.tokens_per_step / machine.spread(seconds)[1]
     return {"tokens_per_second": speed, "peak_memory": machine.peak_memory()}
 
 
@@ -76,10 +88,13 @@ def command_of(recipe: Recipe, given: dict[str, Any]) -> str:
 
 def plan_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
     given = settings.given(args)
-    recipe = Recipe.of({}, given)
+    chosen = starting.choose(given, None)
+    recipe = chosen.recipe
     limit = None if args.memory is None else plan.bytes_of(args.memory)
-    fixed = [name for name in ("hidden", "layers", "heads") if name in given]
-    data = preparation.prepare(recipe.data_config())
+    fixed = [name for name in ("init", "hidden", "layers", "heads") if name in given]
+    data = chosen.prepare()
+    if chosen.start is not None:
+        chosen.start.require_sizes(plan.blank(recipe, data.tokens.vocab_size))
     made = _estimate(recipe, data, None if fixed else limit)
     for line in made.lines():
         reporter.line(line)
@@ -109,9 +124,14 @@ def dry_run(
     args: argparse.Namespace, saved: Checkpoint | None, reporter: Reporter, print_json: PrintJSON
 ) -> int:
     """The settings as they would be used, and the plan; nothing is written but the token cache."""
-    remembered = saved.state.get("settings", {}) if saved is not None else {}
-    recipe = Recipe.of(remembered, settings.given(args))
-    data = preparation.prepare(recipe.data_config())
+    chosen = starting.choose(settings.given(args), saved)
+    recipe, data = chosen.recipe, chosen.prepare()
+    model = plan.blank(recipe, data.tokens.vocab_size)
+    if chosen.start is not None:
+        chosen.start.require_sizes(model)
+    if saved is not None:
+        now = trainstate.described(model, recipe.train_config(), data.tokenizer, data.tokens)
+        trainstate.require_same(saved, now, tuple(filter(None, args.allow_change.split(","))))
     made = _estimate(recipe, data)
     reporter.line(settings.dump(recipe))
     for line in made.lines():

@@ -107,17 +107,27 @@ def comparison(plain: Sequence[float], fast: Sequence[float]) -> str:
     return canvas.svg
 
 
-def learning_curve(events: Events, bound: float | None) -> str:
+def course(steps: Events, held: Events, of: str, names: dict[str, str]) -> str:
+    """A panel for each of `names`, {value: title}, over the steps or iterations `of` a run."""
+    with drawing("course", 9.4, 2.9, columns=len(names)) as canvas:
+        for axes, (name, title) in zip(canvas.axes, names.items(), strict=True):
+            axes.plot([e[of] for e in steps], [e[name] for e in steps], color=FAST)
+            if held:
+                values = [e[name]["value"] if isinstance(e[name], dict) else e[name] for e in held]
+                axes.plot([e[of] for e in held], values, "o-", color=HELD, markersize=3.5)
+            axes.set(title=title, xlabel=of)
+    return canvas.svg
+
+
+def learning_curve(steps: Events, held: Events, bound: float | None) -> str:
     """Bits per byte after each step, its average, the held-out scores, and the bound."""
-    steps = [event for event in events if event["event"] == "step"]
-    held = [event for event in events if event["event"] == "eval"]
-    ratio = steps[-1]["bits_per_byte"] / steps[-1]["loss_ema"]
+    ratio = next((e["bits_per_byte"] / e["loss_ema"] for e in steps[::-1] if e["loss_ema"]), 1.0)
     with drawing("learning", 7.6, 3.4) as canvas:
         axes, at = canvas.axes, [event["step"] for event in steps]
         axes.plot(at, [e["loss"] * ratio for e in steps], color=FAST, alpha=0.3, linewidth=0.8)
         axes.plot(at, [e["bits_per_byte"] for e in steps], color=FAST, label="training, average")
         scores = [e["bits_per_byte"] for e in held]
-        axes.plot([e["step"] for e in held], scores, "o-", color=HELD, label="held-out novel")
+        axes.plot([e["step"] for e in held], scores, "o-", color=HELD, label="held-out text")
         if bound is not None:
             axes.axhline(bound, color=PLAIN, linestyle="--", linewidth=1.2)
             text, place = f"must be at most {bound:g}", (at[-1], bound)

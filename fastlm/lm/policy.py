@@ -141,6 +141,7 @@ class PolicyGradient:
     Args:
         reward: two lists of texts, prompts and continuations, to one number each.
         out: run folder for checkpoints and metrics.jsonl; None keeps nothing on disk.
+        settings: of the training of `model`, stored in every checkpoint.
         on_iteration: called with each `Iteration`; for tests and callbacks.
     """
 
@@ -155,6 +156,7 @@ class PolicyGradient:
         out: Path | None = None,
         reporter: Reporter | None = None,
         save_every: float = 30.0,
+        settings: dict[str, Any] | None = None,
         on_iteration: Callable[[Iteration], None] | None = None,
     ) -> None:
         if store.tokenizer_sha256 != tokenizer.sha256:
@@ -162,7 +164,7 @@ class PolicyGradient:
         self.model, self.tokenizer, self.store, self.reward = model, tokenizer, store, reward
         self.config = config or PolicyConfig()
         self.out, self.reporter, self.save_every = out, reporter or Quiet(), save_every
-        self.on_iteration = on_iteration
+        self.on_iteration, self.settings = on_iteration, settings or {}
         self.reference: LanguageModel = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(model, self.config.lr, 0.0)
         self.budget = Budget.parse(self.config.budget)
@@ -325,6 +327,7 @@ class PolicyGradient:
         path = checkpoint.folder(self.out) / checkpoint.name(self.iterations)
         found = {
             "config": self.described(),
+            "settings": self.settings,
             "iterations": self.iterations,
             "seconds": self.seconds,
             "history": [asdict(done) for done in self.history],

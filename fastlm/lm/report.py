@@ -28,14 +28,29 @@ def missing() -> str:
     return str(errors.MissingExtra("a page", " and ".join(absent), "report")) if absent else ""
 
 
+# {event: the number that says where in its run it is}
+_REPEATED = {"step": "step", "eval": "step", "iteration": "iteration"}
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last one that was cut short is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """Lines of metrics.jsonl, without those that are damaged and without the steps that a resumed
+    run did again."""
+    found: list[dict[str, Any]] = []
+    last = dict.fromkeys(("step", "iteration"), -1)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
-            break
+            continue
+        if not isinstance(event, dict) or "event" not in event:
+            continue
+        if (kind := event["event"]) in last:
+            if (now := event[kind]) <= last[kind]:
+                again = {k: v for k, v in _REPEATED.items() if v == kind}
+                found = [e for e in found if e["event"] not in again or e[kind] < now]
+            last[kind] = now
+        found.append(event)
     return found
 
 
@@ -53,14 +68,16 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise errors.InputError(f"{path}: not JSON ({error})") from None
     if not events:
         raise errors.InputError(f"{run}: neither report.json nor metrics.jsonl in it")
-    found: dict[str, Any] = {"title": "fastlm train", "out": str(run)}
-    ended = [event for event in events if event["event"] in ("held-out", "end")]
-    if ended:
-        score = {k: v for k, v in ended[0].items() if k not in ("event", "step")}
+    kinds = ((_iterations, "rl"), (_preferring, "dpo"))
+    title = next((name for chosen, name in kinds if chosen(events)), "train")
+    found: dict[str, Any] = {"title": f"fastlm {title}", "out": str(run)}
+    scored, ended = _kept(events, "held-out"), _kept(events, "end")
+    if scored or ended:
+        score = scored[-1] if scored else {}
         found["training"] = {
-            "steps": ended[-1]["step"],
-            "verdict": ended[-1].get("verdict"),
-            "held_out": score if "bits_per_byte" in score else None,
+            "steps": (ended or scored)[-1]["step"],
+            "verdict": ended[-1].get("verdict") if ended else None,
+            "held_out": {k: v for k, v in score.items() if k not in ("event", "step")} or None,
         }
     return found, events
 
@@ -70,6 +87,37 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _kept(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
+
+
+def _curve(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps of training on text or pairs."""
+    return [event for event in _kept(events, "step") if "bits_per_byte" in event]
+
+
+def _preferring(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps of `fastlm dpo`."""
+    return [event for event in _kept(events, "step") if "margin" in event]
+
+
+def _iterations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `fastlm rl`; the demo has its own picture of them, with judges."""
+    return [] if _kept(events, "judged") else _kept(events, "iteration")
+
+
+def _course(found: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str]:
+    """What a run without bits per byte writes down."""
+    if steps := _iterations(events):
+        names = {"reward": "reward", "kl": "divergence, nats a text", "distinct_2": "distinct-2"}
+        return plot.course(steps, [], "iteration", names), (
+            f"Three panels over {len(steps)} iterations: reward from {steps[0]['reward']:.2f} to "
+            f"{steps[-1]['reward']:.2f}, divergence from the start, distinct runs of two words"
+        )
+    steps, names = _preferring(events), {"loss": "loss", "margin": "margin", "accuracy": "accuracy"}
+    held = [event for event in _kept(events, "eval") if "margin" in event]
+    return plot.course(steps, held, "step", names), (
+        f"Three panels over {len(steps)} steps, held-out preferences as dots: loss, margin of the "
+        "preferred text, share of pairs where it is ahead"
+    )
 
 
 def _comparison(found: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str]:
@@ -83,12 +131,12 @@ def _comparison(found: dict[str, Any], events: list[dict[str, Any]]) -> tuple[st
 
 def _learning(found: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str]:
     training = found.get("training", {})
-    held = _kept(events, "eval")
+    held = [event for event in _kept(events, "eval") if "bits_per_byte" in event]
     alt = "Bits per byte falling over the training steps"
     if held:
         first, last = held[0]["bits_per_byte"], held[-1]["bits_per_byte"]
-        alt += f"; on the held-out novel from {first:.2f} to {last:.2f}"
-    return plot.learning_curve(events, training.get("bound")), alt
+        alt += f"; on held-out text from {first:.2f} to {last:.2f}"
+    return plot.learning_curve(_curve(events), held, training.get("bound")), alt
 
 
 def _roc(found: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str]:
@@ -123,7 +171,11 @@ def _distributions(found: dict[str, Any], events: list[dict[str, Any]]) -> tuple
 Picture = Callable[[dict[str, Any], list[dict[str, Any]]], tuple[str, str]]
 PICTURES: dict[str, tuple[Picture, Callable[[dict[str, Any], list[dict[str, Any]]], bool]]] = {
     "comparison": (_comparison, lambda found, events: "side_by_side" in found),
-    "learning": (_learning, lambda found, events: bool(_kept(events, "step"))),
+    "learning": (_learning, lambda found, events: bool(_curve(events))),
+    "course": (
+        _course,
+        lambda found, events: bool(_iterations(events) or _preferring(events)),
+    ),
     "roc": (_roc, lambda found, events: "reward_models" in found),
     "calibration": (_calibration, lambda found, events: "reward_models" in found),
     "policy": (_policy, lambda found, events: "after" in found.get("policy", {})),

@@ -206,10 +206,13 @@ def _written(value: Any) -> str:
 def dump(recipe: Recipe) -> str:
     """TOML that `load` makes the same `Recipe` of. A key without a value is left out."""
     lines: list[str] = ["# fastlm train --config THIS repeats the run"]
+    left_out = {*foreign(recipe)}
+    if recipe.init is not None:  # its tokenizer comes with it
+        left_out |= {"tokenizer", "vocab"}
     for section in ("data", "model", "train"):
         lines.append(f"\n[{section}]")
         for key, field in keys().items():
             value = getattr(recipe, field)
-            if key.startswith(section + ".") and value is not None and field not in foreign(recipe):
+            if key.startswith(section + ".") and value is not None and field not in left_out:
                 lines.append(f"{key.split('.')[1]} = {_written(value)}")
     return "\n".join(lines) + "\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,12 +58,35 @@ class TensorBoard:
 
     def __init__(self, folder: Path, finished: int = 0) -> None:
         purge = finished + 1 if finished else None
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._writer = tensorboard().SummaryWriter(str(folder), purge_step=purge)
 
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """The thread that writes hands its error on to the next call; it is told there."""
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self._hook(failure)
+
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{event}/{name}", value, step)
+        """A full disk ends what is written here, not the training."""
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._writer.add_scalar(f"{event}/{name}", value, step)
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        self._writer = None
+        reason = error.strerror or error
+        print(f"fastlm: warning: TensorBoard gets no more: {reason}", file=sys.stderr)
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._lost(error)
+        finally:
+            threading.excepthook = self._hook

@@ -217,10 +217,12 @@ def _lines(path: Path, pieces: Pieces) -> Iterator[tuple[int, str]]:
         yield number + 1, rest.rstrip("\r")
 
 
-def _no_column(path: Path, line: int, column: str, there: Iterable[object]) -> InputError:
+def _no_column(
+    path: Path, line: int, column: str, there: Iterable[object], option: str = "--column"
+) -> InputError:
     listed = ", ".join(map(repr, there)) or "none"
     return InputError(
-        f"{path}: line {line} has no column {column!r}; there are {listed} (--column)"
+        f"{path}: line {line} has no column {column!r}; there are {listed} ({option})"
     )
 
 
@@ -296,11 +298,11 @@ def records(
     Raises:
         InputError: a column is missing, or no line could be used; the message names the first.
     """
-    count = 0
+    count, option = 0, "--column" if len(columns) == 1 else "--format, --group"
     for number, record in objects(path, reading, tally):
         for column in columns:
             if column not in record:
-                raise _no_column(path, number, column, record)
+                raise _no_column(path, number, column, record, option)
         if not all(isinstance(record[column], str) for column in columns):
             tally.add("records whose column is no text", f"{path}: line {number}")
             continue

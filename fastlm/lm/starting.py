@@ -40,11 +40,9 @@ class Start:
     settings: dict[str, Any]
     tokenizer: Tokenizer
 
-    def load_into(self, model: LanguageModel) -> None:
-        """The saved parameters.
-
-        Raises:
-            UsageError: options ask for another model; the message lists the differences.
+    def require_sizes(self, model: LanguageModel) -> None:
+        """Raises:
+        UsageError: options ask for another model; the message lists the differences.
         """
         now = {name: value for name, value in model.config_dict().items() if name not in FREE}
         then = {name: value for name, value in self.model.items() if name in now}
@@ -52,6 +50,10 @@ class Start:
             raise UsageError(
                 f"--init {self.saved.path} has a model of its own sizes: {'; '.join(lines)}"
             )
+
+    def load_into(self, model: LanguageModel) -> None:
+        """The saved parameters; refuses as `require_sizes`."""
+        self.require_sizes(model)
         checkpoint.load_parameters(model, self.saved)
 
 
@@ -95,9 +97,47 @@ def start_of(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Star
                 f"{saved.path} started from {before or 'a new model'}; use another --out"
             )
         return None
-    for name in {"tokenizer", "vocab"} & given.keys():
-        raise UsageError(f"--{name} is decided by --init, which has a tokenizer")
-    return start_from(Path(given["init"]))
+    start = start_from(Path(given["init"]))
+    # the settings of the run that made it may be given again, by --config
+    own = start.saved.state.get("settings", {})
+    agreed = {
+        "tokenizer": ("auto", start.tokenizer.kind),
+        "vocab": (start.tokenizer.vocab_size, own.get("vocab")),
+    }
+    for name, values in agreed.items():
+        if name in given and given[name] not in values:
+            raise UsageError(f"--{name} is decided by --init, which has a tokenizer")
+    return start
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run is made of, before any text is read. `tokenizer` None: one is to be made."""
+
+    recipe: Recipe
+    start: Start | None
+    tokenizer: Tokenizer | None
+
+    def prepare(self) -> preparation.Prepared | pairdata.PreparedPairs:
+        return prepare(self.recipe, self.tokenizer)
+
+
+def choose(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Chosen:
+    """From the settings given now and the checkpoint that is resumed, if one is.
+
+    Raises:
+        UsageError: a setting is out of range, or as `start_of`.
+    """
+    if saved is not None and "train" not in saved.state.get("config", {}):
+        raise UsageError(f"{saved.path} is of another command than train; use another --out")
+    start = start_of(given, saved)
+    remembered = saved.state.get("settings", {}) if saved is not None else {}
+    recipe = Recipe.of(remembered if start is None else start.settings, given)
+    recipe.train_config()
+    known = None if start is None else start.tokenizer
+    if saved is not None and recipe.init is not None:
+        known = tokenizer.load(saved.path / checkpoint.TOKENIZER)
+    return Chosen(recipe, start, known)
 
 
 def prepare(

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import json
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import files
-from .errors import InputError
+from .errors import InputError, UsageError
 from .tokenizer import Tokenizer
 
 TOKENS = "tokens.bin"
@@ -289,6 +290,11 @@ class _From(torch.utils.data.Sampler):
         return itertools.count(self._start)
 
 
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes; the training decides what comes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class LoadedLanes:
     """`Lanes` read by worker processes: the same batches in the same order, with the same cursor,
     which counts what was taken and not what the workers have read ahead."""
@@ -313,6 +319,7 @@ class LoadedLanes:
                 batch_size=None,
                 sampler=_From(start),
                 num_workers=self._workers,
+                worker_init_fn=_leave_signals,
                 # a generator of its own: the workers' seeds must not move the training's
                 generator=torch.Generator(),
             )
@@ -331,3 +338,18 @@ class LoadedLanes:
     def restore(self, state: dict[str, int]) -> None:
         self._lanes.restore(state)
         self._iterator = None
+
+
+def loaded(batches: Any, workers: int) -> Any:
+    """These batches, read by so many processes beside this one.
+
+    Raises:
+        UsageError: the number is negative, or the batches are of pairs, which are read at once.
+    """
+    if workers < 0:
+        raise UsageError(f"workers must not be negative, got {workers}")
+    if workers == 0:
+        return batches
+    if not isinstance(batches, Lanes):
+        raise UsageError("--workers read text; pairs need none")
+    return LoadedLanes(batches, workers)

@@ -25,6 +25,7 @@ Ids = NDArray[np.int64]
 
 # texts longer than this are encoded in pieces cut at a line, which bounds the memory
 PIECE = 1 << 16
+LARGEST_VOCAB = 1 << 20  # memory for so many is taken before any text is read
 BATCH = 64
 
 
@@ -173,6 +174,8 @@ class BPETokenizer(Tokenizer):
         """
         if vocab_size < 257:
             raise UsageError(f"vocabulary size must be at least 257, got {vocab_size}")
+        if vocab_size > LARGEST_VOCAB:
+            raise UsageError(f"vocabulary size must be at most {LARGEST_VOCAB:,}, got {vocab_size}")
         library = _library()
         model = library.Tokenizer(library.models.BPE())
         model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -30,7 +30,7 @@ from .optimizer import make_optimizer
 from .pairs import PairStore
 from .progress import Progress, Quiet, Reporter
 from .sinks import Callbacks, Sink
-from .store import Batches, TokenStore
+from .store import Batches, TokenStore, loaded
 from .tokenizer import Tokenizer
 from .trainstate import Counters
 
@@ -62,6 +62,7 @@ class Trainer(Callbacks):
         settings: stored in every checkpoint for whoever resumes; not compared.
         on_step: called with the number of finished steps; for tests and callbacks.
         ranks: this process among several, from `distributed.connected`.
+        workers: processes that read text ahead; the batches are the same with any number.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Trainer(Callbacks):
         settings: dict[str, Any] | None = None,
         on_step: Callable[[int], None] | None = None,
         ranks: distributed.Ranks | None = None,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         if store.tokenizer_sha256 != tokenizer.sha256:
@@ -91,7 +93,9 @@ class Trainer(Callbacks):
         self.on_save_error = on_save_error
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         self.ranks.adopt(self.optimizer)
-        batches = store.batches(batch=config.batch, length=config.seq, seed=config.seed)
+        batches = loaded(
+            store.batches(batch=config.batch, length=config.seq, seed=config.seed), workers
+        )
         self.lanes: Batches = self.ranks.rows_of(batches, config.batch)
         self.budget = Budget.parse(config.budget).resolve(self.lanes.steps_per_epoch)
         self.counters = Counters()
@@ -112,12 +116,10 @@ class Trainer(Callbacks):
     # ---- state on disk ------------------------------------------------------------------------
 
     def described(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint."""
-        return {
-            "model": {"kind": self._kind, **self.model.config_dict()},
-            "train": asdict(self.config),
-            "data": {"tokenizer": self.tokenizer.sha256, "tokens": self.store.sha256},
-        }
+        """As `trainstate.described`."""
+        # FSDP2 makes the model one of another class
+        about = trainstate.described(self.model, self.config, self.tokenizer, self.store)
+        return {**about, "model": {**about["model"], "kind": self._kind}}
 
     def save(self) -> Path:
         """Write a checkpoint of the current step and drop all but the newest ones."""

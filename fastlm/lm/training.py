@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, files, preparation, settings
+from . import checkpoint, files, settings, starting
 from .errors import UsageError
 from .progress import Reporter
-from .recipe import Recipe
 from .trainer import Trainer
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -26,14 +25,14 @@ def make_trainer(
     save_every: float = 30.0,
     **options: Any,
 ) -> Trainer:
-    """Prepare the text, make the model, continue what is in `out`.
+    """Prepare the text or pairs, make the model, continue what is in `out`.
 
         run = lm.make_trainer("books/", out="runs/a", hidden=256, budget="60s", lr=4e-3)
         run.on("eval", lambda score: print(score.bits_per_byte))
         result = run.fit()  # result.score, result.verdict; run.model, run.tokenizer
 
     Args:
-        data: files or folders; None: six novels by Jane Austen.
+        data: files or folders; None: `pairs=`, or else six novels by Jane Austen.
         out: run folder for checkpoints, metrics.jsonl and config.toml; None keeps nothing.
         resume: "auto" continues the newest whole checkpoint in `out`, with its settings where none
             are given; "never" refuses a folder that has one.
@@ -54,10 +53,13 @@ def make_trainer(
     saved = checkpoint.newest(folder) if folder is not None else None
     if saved is not None and resume == "never":
         raise UsageError(f"{out}: has checkpoints; choose another folder")
-    recipe = Recipe.of(saved.state.get("settings", {}) if saved is not None else {}, given)
-    prepared = preparation.prepare(recipe.data_config())
+    chosen = starting.choose(given, saved)
+    recipe, prepared = chosen.recipe, chosen.prepare()
+    model = recipe.make_model(prepared.tokens)
+    if chosen.start is not None:
+        chosen.start.load_into(model)
     run = Trainer(
-        recipe.make_model(prepared.tokens),
+        model,
         prepared.tokens,
         prepared.tokenizer,
         recipe.train_config(),

@@ -131,6 +131,15 @@ def training_commands(commands: Any) -> None:
         default="stop",
         help="what a full disk does to a run between two saves",
     )
+    train.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read text ahead (0)"
+    )
+    train.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU where there is one; under torchrun one for each rank",
+    )
     train.add_argument("--dry-run", action="store_true", help="the settings and the plan, no more")
     train.add_argument(
         "--tensorboard", action="store_true", help="event files beside metrics.jsonl, in --out"

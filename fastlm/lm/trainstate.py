@@ -29,6 +29,25 @@ class Counters:
     evaluated: int = -1  # the step of the last evaluation
 
 
+def described(model: Any, config: TrainConfig, tokenizer: Any, store: Any) -> dict[str, Any]:
+    """What a resumed run must share with the run that wrote the checkpoint."""
+    return {
+        "model": {"kind": type(model).__name__, **model.config_dict()},
+        "train": asdict(config),
+        "data": {"tokenizer": tokenizer.sha256, "tokens": store.sha256},
+    }
+
+
+def require_same(saved: checkpoint.Checkpoint, now: dict[str, Any], allow: tuple[str, ...]) -> None:
+    """Raises:
+    UsageError: what is to be resumed is another run; the message lists the differences.
+    """
+    before = saved.state["config"]
+    # a checkpoint does not name the options that came after it
+    before["train"] = {**asdict(TrainConfig()), **before["train"]}
+    checkpoint.require_same(saved, now, allow)
+
+
 def _machine(run: Trainer) -> dict[str, Any]:
     threads = torch.get_num_threads()
     return {"torch": torch.__version__, "threads": threads, **run.ranks.described()}
@@ -57,10 +76,7 @@ def capture(run: Trainer) -> tuple[checkpoint.Tensors, dict[str, Any]]:
 
 def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
     """As `Trainer.resume`."""
-    before = saved.state["config"]
-    # a checkpoint does not name the options that came after it
-    before["train"] = {**asdict(TrainConfig()), **before["train"]}
-    checkpoint.require_same(saved, run.described(), allow)
+    require_same(saved, run.described(), allow)
     checkpoint.load_parameters(run.model, saved)
     tensors = saved.tensors(checkpoint.TRAINING)
     checkpoint.load_optimizer(run.optimizer, tensors)
