@@ -85,7 +85,7 @@ _AMPERE: Table = {
 # and with them, which the op refuses above 128
 _FLOAT32: dict[int, tuple[Entry, Entry]] = {
     64: (
-        _entry((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        _entry((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         _entry((64, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     ),
     128: (_entry((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),) * 2,
