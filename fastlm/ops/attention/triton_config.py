@@ -1,6 +1,6 @@
 """Sizes of tiles by GPU, head size, dtype and options: a table; nothing is tuned at run time.
 
-No entry is to spill a register, whatever else is asked for with what it stands for: `make compile`. An
+No entry is to spill a register, whatever else is asked for with it: `make compile`. An
 entry depends neither on the batch nor on whether it is packed, so that a sequence is summed in the
 same order alone and in any batch; what packing adds is what limits the causal tiles.
 """
