@@ -1,6 +1,6 @@
 """Sizes of tiles by GPU, head size, dtype and options: a table; nothing is tuned at run time.
 
-No entry spills a register, whatever else is asked for with what it stands for: `make compile`. An
+No entry is to spill a register, whatever else is asked for with it: `make compile`. An
 entry depends neither on the batch nor on whether it is packed, so that a sequence is summed in the
 same order alone and in any batch; what packing adds is what limits the causal tiles.
 """
@@ -45,19 +45,19 @@ _HOPPER: Table = {
         _entry((128, 128, 8, 3), (32, 128, 8, 2), (128, 128, 8, 2)),
         _entry((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
         _entry((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        _entry((128, 64, 8, 3), (16, 64, 8, 2), (64, 32, 8, 2)),
+        _entry((128, 32, 8, 3), (16, 64, 8, 2), (64, 32, 8, 2)),
     ),
     128: (
         _entry((128, 64, 8, 3), (16, 128, 8, 2), (128, 64, 8, 2)),
         _entry((128, 64, 8, 3), (32, 64, 8, 2), (128, 64, 8, 2)),
         _entry((128, 64, 8, 3), (32, 64, 8, 2), (128, 32, 8, 2)),
-        _entry((128, 64, 8, 3), (64, 16, 8, 2), (64, 16, 8, 2)),
+        _entry((128, 32, 8, 3), (64, 16, 8, 2), (64, 16, 8, 2)),
     ),
     256: (
-        _entry((128, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
+        _entry((128, 16, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
         _entry((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
         _entry((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        _entry((64, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        _entry((32, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     ),
 }
 # every GPU with tensor cores and without Hopper's; within the 99 KiB a block has on the smallest
@@ -66,13 +66,13 @@ _AMPERE: Table = {
         _entry((128, 128, 8, 2), (16, 128, 8, 2), (128, 32, 8, 2)),
         _entry((128, 64, 8, 2), (16, 64, 8, 2), (128, 64, 8, 2)),
         _entry((128, 64, 8, 2), (16, 64, 8, 2), (64, 64, 8, 2)),
-        _entry((128, 64, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
+        _entry((128, 32, 8, 2), (32, 32, 8, 2), (64, 16, 8, 2)),
     ),
     128: (
         _entry((64, 64, 8, 2), (16, 64, 8, 2), (64, 64, 8, 2)),
         _entry((64, 64, 8, 2), (16, 64, 8, 2), (64, 32, 8, 2)),
         _entry((64, 64, 8, 2), (16, 64, 8, 2), (64, 32, 8, 2)),
-        _entry((64, 32, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2)),
+        _entry((64, 16, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2)),
     ),
     256: (
         _entry((64, 32, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2)),
@@ -85,8 +85,8 @@ _AMPERE: Table = {
 # and with them, which the op refuses above 128
 _FLOAT32: dict[int, tuple[Entry, Entry]] = {
     64: (
-        _entry((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-        _entry((64, 32, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1)),
+        _entry((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        _entry((64, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     ),
     128: (_entry((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),) * 2,
     256: (_entry((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),) * 2,
