@@ -24,7 +24,7 @@ check: fastlm/_C.so
 	$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
 	$(PY) -m mypy
 
-# every Triton and Gluon kernel for sm_80 and sm_90, each pair of options: half an hour, no GPU;
+# every Triton and Gluon kernel for sm_80 and sm_90, each pair of options: an hour, no GPU;
 # make compile ARGS="D128 32-bit" for a part of attention
 compile: $(VENV)/.installed
 	$(PY) tests/triton_compile.py --all $(ARGS)
