@@ -121,8 +121,8 @@ def describe(prepared: PreparedPairs) -> list[str]:
         )
     if store.cut:
         lines.append(f"{store.cut:,} pairs were too long and are cut (--longest)")
-    made = "from the cache" if prepared.cached else "made now"
+    note = ", tokens from the cache" if prepared.cached else ""
     lines.append(
-        f"tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size:,} ids; {made}"
+        f"tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size:,} ids{note}"
     )
     return lines

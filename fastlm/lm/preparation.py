@@ -166,9 +166,9 @@ def describe(prepared: Prepared) -> list[str]:
         lines.append(
             f"{title}: {totals['tokens']:,} tokens, {per_token:.2f} characters each ({names})"
         )
-    made = "from the cache" if prepared.cached else "made now"
+    note = ", tokens from the cache" if prepared.cached else ""
     lines.append(
-        f"tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size:,} ids; {made}"
+        f"tokenizer: {prepared.tokenizer.kind}, {prepared.tokenizer.vocab_size:,} ids{note}"
     )
     return lines
 
