@@ -33,6 +33,7 @@ TRAINING = "training.safetensors"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = 1
+KEPT = 2
 
 Tensors = dict[str, Tensor]
 
@@ -76,6 +77,21 @@ def write(
         tokenizer.save(folder / TOKENIZER)
 
     files.write_folder(path, fill, need=need)
+
+
+def write_step(
+    run: Path,
+    step: int,
+    model: Tensors,
+    training: Tensors,
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+) -> Path:
+    """A checkpoint of one step of a run, of which the newest `KEPT` stay."""
+    path = folder(run) / name(step)
+    write(path, model, training, state, tokenizer)
+    prune(run, KEPT, path)
+    return path
 
 
 def require_free(path: Path) -> None:
@@ -244,6 +260,16 @@ def require_same(saved: Checkpoint, now: dict[str, Any], allow: tuple[str, ...])
             f"{saved.path} was written with another configuration: {'; '.join(refused)}. "
             "Use another --out, or --allow-change"
         )
+
+
+def load_training(
+    saved: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> Tensors:
+    """Parameters and optimizer; the tensors that were written beside the parameters."""
+    load_parameters(module, saved)
+    tensors = saved.tensors(TRAINING)
+    load_optimizer(optimizer, tensors)
+    return tensors
 
 
 def load_parameters(module: nn.Module, checkpoint: Checkpoint) -> None:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from . import checkpoint, files, machine, sharding
 from .errors import LMError, OtherRank, UsageError
+from .pairs import IGNORED
 
 WAYS = ("ddp", "fsdp2")
-IGNORED = -100
 # a rank that died is noticed at once, by its closed connection; this is for one that hangs, and for
 # the others while rank 0 prepares a large text
 TIMEOUT = datetime.timedelta(minutes=30)

@@ -29,7 +29,6 @@ from .optimizer import make_optimizer
 from .preferences import Preference
 from .progress import Quiet, Reporter
 from .tokenizer import Tokenizer
-from .trainer import KEPT_CHECKPOINTS
 
 ROWS = 32  # preferences scored at once
 
@@ -347,10 +346,8 @@ class DPO:
             "cursor": self.order.state(),
             "scores": [score.to_json() for score in self.scores],
         }
-        path = checkpoint.folder(self.out) / checkpoint.name(self.steps)
-        checkpoint.write(path, self.model.state_dict(), tensors, state, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
-        return path
+        model = self.model.state_dict()
+        return checkpoint.write_step(self.out, self.steps, model, tensors, state, self.tokenizer)
 
     def resume(self, saved: checkpoint.Checkpoint, *, allow: tuple[str, ...] = ()) -> None:
         """Continue to the bit from what `save` wrote; `model` was the one training started from.
@@ -359,9 +356,7 @@ class DPO:
             UsageError: the configuration differs; the message lists the differences.
         """
         checkpoint.require_same(saved, self.described(), allow)
-        checkpoint.load_parameters(self.model, saved)
-        tensors = saved.tensors(checkpoint.TRAINING)
-        checkpoint.load_optimizer(self.optimizer, tensors)
+        tensors = checkpoint.load_training(saved, self.model, self.optimizer)
         self.reference = tensors["reference"]
         self.steps, self.seconds = saved.state["steps"], saved.state["seconds"]
         self.judged_at = saved.state["judged_at"]

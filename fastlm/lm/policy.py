@@ -40,7 +40,6 @@ from .optimizer import make_optimizer
 from .progress import Quiet, Reporter
 from .store import TokenStore
 from .tokenizer import Tokenizer
-from .trainer import KEPT_CHECKPOINTS
 
 ALGORITHMS = ("reinforce", "rloo", "ppo", "grpo")
 
@@ -324,7 +323,6 @@ class PolicyGradient:
         assert self.out is not None
         tensors = checkpoint.optimizer_tensors(self.optimizer)
         tensors |= {f"reference.{n}": t for n, t in self.reference.state_dict().items()}
-        path = checkpoint.folder(self.out) / checkpoint.name(self.iterations)
         found = {
             "config": self.described(),
             "settings": self.settings,
@@ -332,9 +330,9 @@ class PolicyGradient:
             "seconds": self.seconds,
             "history": [asdict(done) for done in self.history],
         }
-        checkpoint.write(path, self.model.state_dict(), tensors, found, self.tokenizer)
-        checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
-        return path
+        return checkpoint.write_step(
+            self.out, self.iterations, self.model.state_dict(), tensors, found, self.tokenizer
+        )
 
     def resume(self, saved: checkpoint.Checkpoint, *, allow: tuple[str, ...] = ()) -> None:
         """Continue to the bit from what `save` wrote.
@@ -343,9 +341,7 @@ class PolicyGradient:
             UsageError: the configuration differs; the message lists the differences.
         """
         checkpoint.require_same(saved, self.described(), allow)
-        checkpoint.load_parameters(self.model, saved)
-        tensors = saved.tensors(checkpoint.TRAINING)
-        checkpoint.load_optimizer(self.optimizer, tensors)
+        tensors = checkpoint.load_training(saved, self.model, self.optimizer)
         mark = "reference."
         self.reference.load_state_dict(
             {n.removeprefix(mark): t for n, t in tensors.items() if n.startswith(mark)}

@@ -29,9 +29,8 @@ from .budget import Budget, learning_rate
 from .kinds import LanguageModel
 from .model import GRULM, parameter_count
 from .optimizer import make_optimizer
+from .pairs import IGNORED
 from .transformer import TransformerLM
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from .tokenizer import Tokenizer
 from .trainstate import Counters
 
 MAX_BAD_STEPS = 3
-KEPT_CHECKPOINTS = 2
 SPEED_WINDOW = 20  # steps
 
 
@@ -128,8 +127,9 @@ class Trainer(Callbacks):
         model = self.ranks.whole(self.model.state_dict())
         path = checkpoint.folder(self.out) / checkpoint.name(self.counters.steps)
         if self.ranks.chief:
-            checkpoint.write(path, model, training, state, self.tokenizer)
-            checkpoint.prune(self.out, KEPT_CHECKPOINTS, path)
+            checkpoint.write_step(
+                self.out, self.counters.steps, model, training, state, self.tokenizer
+            )
             self.emit("save", path)
         return path
 

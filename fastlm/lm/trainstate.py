@@ -77,9 +77,7 @@ def capture(run: Trainer) -> tuple[checkpoint.Tensors, dict[str, Any]]:
 def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
     """As `Trainer.resume`."""
     require_same(saved, run.described(), allow)
-    checkpoint.load_parameters(run.model, saved)
-    tensors = saved.tensors(checkpoint.TRAINING)
-    checkpoint.load_optimizer(run.optimizer, tensors)
+    tensors = checkpoint.load_training(saved, run.model, run.optimizer)
     hidden = run.ranks.own(tensors.get("hidden"))
     run.hidden = None if hidden is None else hidden.to(run.device)
     best = {
