@@ -20,6 +20,7 @@ from fastlm.bench.tokens import zipf_tokens
 needs_peak = pytest.mark.skipif(
     not measure.has_peak(), reason="this system does not let a process reset its peak memory"
 )
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CASES = [
     Case(
         op="use_backend",  # any public name
@@ -72,6 +73,12 @@ def test_share_of_the_binding_ceiling() -> None:
     # 100 FLOPs at 50 a second take 2 s of the 4
     limits = {"GEMM": (print, 50.0), "copy": (print, 1.0)}
     assert cases.share(case, race, limits) == ("GEMM", 0.5)
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda path: path.stem)
+def test_a_process_that_measures_memory_loads_every_file(path: Path) -> None:
+    if "CASES" in path.read_text("utf-8"):
+        assert all(isinstance(case, Case) for case in cases.load_cases(str(path)))
 
 
 def test_a_wrong_result_is_not_timed() -> None:
