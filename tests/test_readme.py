@@ -197,6 +197,8 @@ def test_commands_are_found_and_outputs_compared() -> None:
     ):
         assert not matches(output, other)
     assert matches("a ... z-1e-05 -> .5 0:42", "a b c z+2 -> .25 10:07") and not matches("", "x")
+    assert matches("403 MiB, 0:20, 8GiB", "1.08 GiB, 2:00:00, 8GiB")
+    assert not matches("403 MiB", "403 MB") and not matches("0:20", "soon")
 
 
 def test_code_runs() -> None:
