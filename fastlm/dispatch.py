@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,15 @@ class Implementation:
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
-_trace: list[Explanation] | None = None
+
+
+class _Here(threading.local):
+    """Of one thread: what `explain` has heard so far."""
+
+    trace: list[Explanation] | None = None
+
+
+_here = _Here()
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -47,7 +56,11 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced = _checked(os.environ.get("FASTLM_BACKEND") or None, "FASTLM_BACKEND")
+_FROM_ENVIRONMENT = _checked(os.environ.get("FASTLM_BACKEND") or None, "FASTLM_BACKEND")
+_forced = _FROM_ENVIRONMENT
+# the blocks of `use_backend` that are open, the latest last
+_blocks: list[list[str | None]] = []
+_blocks_lock = threading.Lock()
 
 
 def register(
@@ -97,8 +110,8 @@ def _objection(
 def select(op: str, which: str, named: dict[str, Any]) -> Callable[..., Any]:
     """The implementation for this call; `which` is "forward" or "backward"."""
     forced = _forced
-    if _trace is not None:
-        _trace.append(_explain(op, which, named, forced))
+    if _here.trace is not None:
+        _here.trace.append(_explain(op, which, named, forced))
     for backend in (forced,) if forced else BACKENDS:
         if _objection(op, which, backend, named, forced is not None) is None:
             return getattr(_OPS[op][backend], which)
@@ -116,7 +129,7 @@ def forced() -> str | None:
 
 def undisturbed() -> bool:
     """No backend is asked for, and nobody wants to know which one runs."""
-    return _forced is None and _trace is None
+    return _forced is None and _here.trace is None
 
 
 def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
@@ -126,8 +139,8 @@ def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
 
 def note(op: str, chosen: str, others: dict[str, str]) -> None:
     """For `explain`: a choice made above the torch op, with the reasons against the others."""
-    if _trace is not None:
-        _trace.append(Explanation(op, "forward", {**others, chosen: None}, chosen))
+    if _here.trace is not None:
+        _here.trace.append(Explanation(op, "forward", {**others, chosen: None}, chosen))
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanations:
 
     Args:
         op: the public name, as in `fastlm.explain("cross_entropy", logits, target)`.
-        *args, **kwargs: the arguments of that call. It really runs, without gradient.
+        *args, **kwargs: the arguments of that call. It really runs, and saves for a backward pass
+            if it would: that can decide who is faster.
 
     Returns:
         One `Explanation` per torch op that ran; the call's result is dropped.
@@ -178,21 +192,20 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanations:
     """
     import fastlm
 
-    global _trace
     function = getattr(fastlm, op, None)
     if op not in fastlm.__all__ or not callable(function):
         raise ValueError(f"fastlm.explain: op must be a public function of fastlm, got {op!r}")
-    before, _trace = _trace, []
+    before, trace = _here.trace, list[Explanation]()
+    _here.trace = trace
     try:
-        with torch.no_grad():
-            try:
-                function(*args, **kwargs)
-            except RuntimeError:
-                if not _trace or _trace[-1].chosen is not None:
-                    raise
-        return Explanations(_trace)
+        try:
+            function(*args, **kwargs)
+        except RuntimeError:
+            if not trace or trace[-1].chosen is not None:
+                raise
+        return Explanations(trace)
     finally:
-        _trace = before
+        _here.trace = before
 
 
 class Report(dict[str, dict[str, str]]):
@@ -243,9 +256,14 @@ def use_backend(name: str | None) -> Iterator[None]:
     holds for the whole process, because autograd runs backward passes on threads of its own.
     """
     global _forced
-    _checked(name, "fastlm.use_backend: name")
-    before, _forced = _forced, name
+    block = [_checked(name, "fastlm.use_backend: name")]
+    with _blocks_lock:
+        _blocks.append(block)
+        _forced = name
     try:
         yield
     finally:
-        _forced = before
+        with _blocks_lock:
+            # not always the last: blocks of several threads may overlap
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _forced = _blocks[-1][0] if _blocks else _FROM_ENVIRONMENT
