@@ -15,6 +15,22 @@ from . import dispatch
 _LIBRARY = Library("fastlm", "DEF")
 
 
+def autocast_on(device: str) -> bool:
+    """Of a device type; some, as meta, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """torch.compile takes no tensor twice in one autograd.Function: a view where it comes again."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if again and tensor is not None else tensor)
+    return tuple(found)
+
+
 def define(
     op: str,
     which: str,

@@ -9,16 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks, dispatch
+from ..library import autocast_on
 from ..ops.embedding_gru.arguments import cells_of, check_options
 from ..ops.embedding_gru.embedding import EmbeddingOptions
 from ..ops.embedding_gru.public import embedding_layer
 from ..ops.embedding_gru.stack import MOST_LEAST_STEPS, gru, least_steps
 from ..ops.embedding_gru.token_plan import TokenPlan
 from .decoder import GRUDecoder
-
-
-def autocast_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(device: str, weight: Tensor) -> torch.dtype | None:

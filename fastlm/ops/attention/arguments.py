@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, library
 from ...philox import signed
 from .mask import AttnMask, Limits, coordinates, side
 
@@ -24,7 +24,7 @@ def floats(x: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not library.autocast_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)

@@ -329,13 +329,7 @@ def attention(
         lo, hi = (x.contiguous() for x in torch.broadcast_tensors(lo, hi))
     found = _Attention.apply(
         return_lse,
-        q,
-        k,
-        v,
-        lo,
-        hi,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        *library.distinct(q, k, v, lo, hi, cu_seqlens_q, cu_seqlens_k),
         alibi_slopes,
         sink,
         None if bias is None else arguments.four_dims(bias, q, k.shape[1]),

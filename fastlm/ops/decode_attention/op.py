@@ -103,7 +103,7 @@ def _cpu_both(
 ) -> Result:
     batch, rows, heads, _ = q.shape
     out = q.new_empty(batch, rows, heads, v_cache.shape[3])
-    lse = torch.empty(batch, heads, rows)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     given = (
         lengths.contiguous(),
         table if table is None else last_contiguous(table),

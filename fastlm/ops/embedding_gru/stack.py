@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ... import checks, dispatch, extension, philox
+from ... import checks, dispatch, extension, library, philox
 from . import differentiable, sequences
 from .arguments import Cell, cells_of, check_options, check_state, check_weights, is_single
 from .autograd import DENSE, RAGGED, apply
@@ -116,7 +116,7 @@ def _stack(
         directions.append((True, other))
     seed = None
     if options.zoneout and options.training:
-        seed = torch.randint(2**62, ()).to(input.device)
+        seed = torch.randint(2**62, (), device="cpu").to(input.device)
     states: list[Tensor] = []
     layers = len(cells) // len(directions)
     for number in range(layers):
@@ -210,7 +210,7 @@ def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: 
 
 
 def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if not torch.is_autocast_enabled(device):  # entering it costs 5 us
+    if not library.autocast_on(device):  # entering it costs 5 us
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 

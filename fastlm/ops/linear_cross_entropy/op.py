@@ -122,13 +122,13 @@ class _KnownRows(torch.autograd.Function):
             d if use else None for d, use in zip(douts[1:3], ctx.differentiable, strict=True)
         )
         dloss, nothing = douts[0], (None,) * 18
-        layer, (target, class_weight) = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
-        compared = Compared(target, class_weight, *ctx.options)
-        lse, *per_row = ctx.saved_tensors[5:9]
+        saved = ctx.saved_tensors
+        layer, compared = Layer(*saved[:3]), Compared(*saved[3:5], *ctx.options)
+        lse, *per_row = saved[5:9]
         if dlse is None and dentropy is None:
             if dloss is None:
                 return None, None, None, *nothing
-            traced = ctx.saved_tensors[9:12]
+            traced = saved[9:12]
             if any(g is not None for g in traced):
                 scaled = [None if g is None else g * dloss for g in traced]
                 return *(None if g is None else g.to(layer.input.dtype) for g in scaled), *nothing
@@ -137,8 +137,7 @@ class _KnownRows(torch.autograd.Function):
                 return *linear.released(gradients, dloss, layer.input.dtype), *nothing
         per_row = [None if p is None or dloss is None else p * dloss for p in per_row]
         upstream = _upstream(dlse, dentropy, lse, per_row)
-        statistics = ctx.saved_tensors[12:]
-        found = linear.gradients(layer, compared, statistics, upstream, ctx.needs, ctx.max_bytes)
+        found = linear.gradients(layer, compared, saved[12:], upstream, ctx.needs, ctx.max_bytes)
         return *found, *nothing
 
 
@@ -160,12 +159,13 @@ def _known_rows(
 ) -> tuple[Tensor, Statistics]:
     """The reduced loss, and the statistics that `return_aux` needs."""
     count, dtype = layer.input.shape[0], result_dtype(layer.input)
+    device = layer.input.device
 
     def per_row(weight: Tensor | float, total: Tensor | float, used: bool) -> Tensor | None:
         if not used:
             return None
-        value = torch.as_tensor(weight / total if count else 0.0, dtype=dtype)
-        return value.to(layer.input.device).expand(count).contiguous()
+        value = weight / total if count else 0.0
+        return torch.as_tensor(value, dtype=dtype, device=device).expand(count).contiguous()
 
     factors = (
         per_row(rows.on_logprob, rows.total, rows.target is not None),

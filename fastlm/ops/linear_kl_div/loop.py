@@ -155,9 +155,9 @@ class _KnownWeights(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_weight = ctx.saved_tensors[:-3]
+        *tensors, row_weight, _, _, _ = saved = ctx.saved_tensors
         nothing, dtype = (None,) * (len(tensors) - 2 + len(ctx.rest)), tensors[0].dtype
-        traced = ctx.saved_tensors[-3:]
+        traced = saved[-3:]
         if any(g is not None for g in traced):
             found = [None if g is None else (g * dloss).to(dtype) for g in traced]
             return None, None, *found, *nothing

@@ -113,9 +113,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        layer, target = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3]
+        saved = ctx.saved_tensors
+        layer, target = Layer(*saved[:3]), saved[3]
         nothing = (None,) * 21
-        traced = ctx.saved_tensors[4:7]
+        traced = saved[4:7]
         if any(g is not None for g in traced):
             scaled = [None if g is None else g * dloss for g in traced]
             dtype = layer.input.dtype
@@ -123,14 +124,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             return None, *linear.released(gradients, dloss, layer.input.dtype), *nothing
-        entropy, row_max, log_sum, on_logprob, on_entropy = ctx.saved_tensors[7:]
+        entropy, row_max, log_sum, on_logprob, on_entropy = saved[7:]
         none = entropy.new_empty(0)
         upstream = Upstream(
             logprob=on_logprob * dloss, entropy=on_entropy * dloss if ctx.uses_entropy else None
         )
-        saved = (row_max, log_sum, entropy, none, none)
+        statistics = (row_max, log_sum, entropy, none, none)
         compared = Compared(target, None, *ctx.options)
-        found = linear.gradients(layer, compared, saved, upstream, ctx.needs, ctx.max_bytes)
+        found = linear.gradients(layer, compared, statistics, upstream, ctx.needs, ctx.max_bytes)
         return None, *found, *nothing
 
 

@@ -237,8 +237,7 @@ def gradients_of(
 
 def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, which are ours alone, times dloss."""
-    # reading dloss on a GPU would wait for it
-    if dloss.device.type != "cpu" or float(dloss) != 1.0:
+    if not checks.readable(dloss) or float(dloss) != 1.0:
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(dloss)
@@ -268,7 +267,8 @@ class _LinearRowStatistics(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
+        *saved, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
+        layer, compared = Layer(*saved[:3]), saved[3:]
         upstream = upstream_of(douts[:5], compared[0] is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 15
@@ -276,7 +276,7 @@ class _LinearRowStatistics(torch.autograd.Function):
         found = gradients(
             layer,
             Compared(*compared, *ctx.options),
-            ctx.saved_tensors[5:],
+            (row_max, log_sum, entropy, sum_sq, mass),
             upstream,
             needs,
             ctx.max_bytes,
@@ -319,7 +319,7 @@ def checked_layer(
         checks.bad_value(op, of_weight, "of at least one class", list(linear_weight.shape))
     checks.same_device(op, of_weight, linear_weight, of_input, input)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if library.autocast_on(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)

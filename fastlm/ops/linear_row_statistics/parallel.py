@@ -70,8 +70,10 @@ class _ParallelLinearRowStatistics(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        layer = Layer(*ctx.saved_tensors[:3])
-        target, owned, class_weight, row_max, log_sum, *statistics = ctx.saved_tensors[3:]
+        *three, target, owned, class_weight, row_max, log_sum, entropy, sum_sq, mass = (
+            ctx.saved_tensors
+        )
+        layer, statistics = Layer(*three), (entropy, sum_sq, mass)
         upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 10

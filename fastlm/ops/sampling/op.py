@@ -79,8 +79,8 @@ def _cpu(
     top_p: float,
     min_p: float,
 ) -> Sampled:
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-    logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
+    tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
+    logprobs = logits.new_empty(logits.shape[0], dtype=torch.float32)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     options = (seed, step, temperature, top_k, top_p, min_p)
