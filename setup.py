@@ -126,7 +126,8 @@ class NinjaBuild(build_ext):
         require_sources()
         torch = require_torch()
         folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-torch{torch.__version__}"
-        warnings = "-Werror" if self.in_tree else ""
+        # elsewhere a compiler that nobody has tried may warn of something new
+        warnings = "-Werror" if self.in_tree and os.environ.get("CI") else ""
         try:
             if name == "_C":
                 steps = plan(torch, cxx, find_nvcc(torch), folder, out, warnings)

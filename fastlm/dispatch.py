@@ -172,7 +172,7 @@ class Explanations(tuple[Explanation, ...]):
     """One entry per torch op that the call ran, in order; prints as text."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self))
+        return "\n".join(map(str, self)) or "plain PyTorch: no op of fastlm runs"
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanations:

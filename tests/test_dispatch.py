@@ -179,6 +179,10 @@ def test_explain_is_the_call_itself_and_nobody_elses(
     assert modes == [True, False]
 
 
+def test_explain_says_where_there_is_nothing_to_choose() -> None:
+    assert str(fastlm.explain("kl_estimate", X, X)) == "plain PyTorch: no op of fastlm runs"
+
+
 def test_explain_passes_on_what_the_call_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def public() -> None:
         raise RuntimeError("of its own")

@@ -112,10 +112,11 @@ struct Gradients {
         h.tile_high[i] = int32_t(most(h.tile_high[i], h.row[r].high));
       }
       const int64_t at = i * kRowsOfTile, row = s.first_row + first + at;
-      h.finite[i] =
-          pack_both(source<T>(a.q, s.batch, row, head, tile_rows(i), a.size), h.q, h.q_across, at) &
-          pack_both(source<T>(f.dout, s.batch, row, head, tile_rows(i), a.value_size), h.dout,
-                    h.dout_across, at);
+      const bool q =
+          pack_both(source<T>(a.q, s.batch, row, head, tile_rows(i), a.size), h.q, h.q_across, at);
+      const bool dout = pack_both(source<T>(f.dout, s.batch, row, head, tile_rows(i), a.value_size),
+                                  h.dout, h.dout_across, at);
+      h.finite[i] = q && dout;
     }
   }
   bool pack_both(const Source<T>& from, float* along, float* across, int64_t at) {

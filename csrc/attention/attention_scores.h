@@ -78,19 +78,19 @@ FASTLM_INLINE Vec spread_max(Vec x) {
 #define FASTLM_SWAP(lane) ((lane) ^ kWidth)
   if constexpr (kLanes > 8) {
     constexpr int kWidth = kLanes > 8 ? 8 : 0;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   if constexpr (kLanes > 4) {
     constexpr int kWidth = kLanes > 4 ? 4 : 0;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   {
     constexpr int kWidth = 2;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   {
     constexpr int kWidth = 1;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
 #undef FASTLM_SWAP
   return x;

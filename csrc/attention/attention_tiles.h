@@ -310,8 +310,8 @@ FASTLM_INLINE Vec pack_along(Vec first, Vec second) {
 FASTLM_INLINE Vec pack_across(Vec above, Vec below) {
   typedef uint16_t Halves32 __attribute__((vector_size(64), may_alias));
   const Halves32 x = (Halves32)pack_along(above, below);
-  return (Vec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (Vec)FASTLM_SHUFFLE(Halves32, x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #endif
 

@@ -17,7 +17,7 @@ from ..row_statistics.op import result_dtype, row_statistics
 from . import loss as losses
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from .signatures import LossOptions
 

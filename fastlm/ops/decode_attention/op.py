@@ -16,7 +16,7 @@ whole cache).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from torch import Tensor
 from ... import dispatch, extension, library, triton_backend
 from ..attention.arguments import floats, last_contiguous
 from . import arguments, reference
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from typing_extensions import Unpack
+
+    from .signatures import Options as Signature
 
 _SHARED = (
     "Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, "
@@ -198,6 +205,36 @@ def _four_dims(x: Any) -> Any:
     return x[:, None] if isinstance(x, Tensor) and x.dim() == 3 else x
 
 
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    return_lse: Literal[False] = ...,
+    **rest: Unpack[Signature],
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    return_lse: Literal[True],
+    **rest: Unpack[Signature],
+) -> Result: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    return_lse: bool,
+    **rest: Unpack[Signature],
+) -> Tensor | Result: ...
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from . import differentiable, sequences
 from .arguments import Cell, cells_of, check_options, check_state, check_weights, is_single
 from .autograd import DENSE, RAGGED, apply
 from .sequences import Layout, Where
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .signatures import Options as Signature
 
 
 class Options(NamedTuple):
@@ -287,6 +292,20 @@ def _packed(
     return PackedSequence(output, batch_sizes, order, inverse), h_n
 
 
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    **rest: Unpack[Signature],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gru(
+    input: PackedSequence,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    **rest: Unpack[Signature],
+) -> tuple[PackedSequence, Tensor]: ...
 def gru(
     input: Tensor | PackedSequence,
     hx: Tensor | None,

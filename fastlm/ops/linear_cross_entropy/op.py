@@ -44,7 +44,7 @@ from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwra
 from .options import accumulator, chunk_bytes
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from ..cross_entropy.signatures import LinearLossOptions
 

@@ -21,7 +21,7 @@ from ..row_statistics import parallel
 from ..row_statistics.op import Statistics, Wanted, row_statistics
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from . import signatures as typed
 
