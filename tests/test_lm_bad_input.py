@@ -41,11 +41,14 @@ def bad_texts(folder: Path) -> None:
         "broken.jsonl": b"{\n[1]\n",
         "number.jsonl": b'{"text": 5}\n',
         "no_origin.jsonl": json.dumps(PAIR).encode(),
+        "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"\n",
+        "questions.jsonl": b'{"prompt": "", "a": "x", "b": "y"}\n',
         "prefs.jsonl": json.dumps({**PAIR, "provenance": "human:me"}).encode(),
     }
     for name, raw in content.items():
         (folder / name).write_bytes(raw)
     (folder / "folder").mkdir()
+    (folder / "loop").symlink_to("loop")
 
 
 def flip(model: Path) -> None:
@@ -243,12 +246,46 @@ OTHERS = [
     Case("data stats {w}/good.txt --encoding zip", USE, "unknown encoding 'zip'"),
     Case("data stats {w}/good.txt --encoding utf-16", BAD, r"good.txt: not UTF-16 \(.*BOM"),
     Case("train --patience 0", USE, "patience must be at least 1, got 0"),
-    Case("train --weight-decay nan", USE, "weight_decay and clip must be finite"),
+    Case("train --weight-decay nan", USE, "--weight-decay: must be a finite number, got nan"),
+    Case("train --save-every nan", USE, "--save-every: must be a finite number, got nan"),
+    Case("train --log-every inf", USE, "--log-every: must be a finite number, got inf"),
+    Case("train --log-every -1", USE, "--log-every must not be negative, got -1"),
+    Case(
+        "train --data {w}/good.txt --save-every -1 --out {out}", USE, "save_every must not be neg"
+    ),
+    Case("rl {w}/run --reward {w}/judge --save-every -1 --out {out}", USE, "save_every must not"),
+    Case("train --hidden 99999999999999999999", USE, "--hidden: must be at most 2,147,483,647"),
+    Case("train --set model.hidden=99999999999", USE, "model.hidden must be at most 2,147,483,647"),
+    Case("train --set train.lr=inf", USE, "train.lr must be a finite number, got inf"),
+    Case("train --layers 1000000", USE, "layers must be at most 4,096, got 1,000,000"),
+    Case("train --hidden 0", USE, "hidden must be at least 1, got 0"),
+    Case("train --workers 1000 --data {w}/good.txt --out {out}", USE, "workers must be at most 64"),
+    Case("train --threads 5000", USE, "--threads must be at most 1,024, got 5,000"),
+    Case(
+        "train --data {w}/good.txt --model transformer --z-loss -1 --out {out}",
+        USE,
+        "z_loss must be finite and not negative, got -1",
+    ),
+    Case("data stats {w}/good.txt --min-characters -1", USE, "min_characters must not be negative"),
+    Case("bench recall --pairs 0", USE, "pairs must be at least 1, got 0"),
+    Case("bench recall --threads 0", USE, "--threads must be at least 1, got 0"),
+    # a name that cannot be one, a file that is not what it says
+    Case("train --data ''", USE, "--data: a name of a file or folder is empty"),
+    Case("data stats ''", BAD, "a name of a file or folder is empty"),
+    Case("train --data {w}/loop", USE, "--data .*loop: Symlink loop|--data .*loop: .*symbolic"),
+    Case("train --data -", USE, "standard input can be read once only"),
+    Case("data stats {w}/deep.jsonl", BAD, "deep.jsonl: no usable record .*nested too deeply"),
+    Case("prefs check {w}/deep.jsonl", BAD, "line 1: nested too deeply"),
+    Case("generate {w}/run --prompts {w}/deep.jsonl", BAD, "line 1: no JSON: nested too deeply"),
+    Case("prefs label {w}/questions.jsonl --out {w}/number.jsonl", BAD, "line 1 is no answer of"),
+    Case("prefs label {w}/questions.jsonl --out {w}/latin.txt", BAD, "no answers of prefs label"),
+    Case("prefs label {w}/questions.jsonl --out {w}/folder", USE, "folder: cannot be read"),
     Case("train --seed 99999999999999999999", USE, r"seed must be in \[-2"),
     Case("eval {w}/run --samples -1", USE, "--samples must not be negative, got -1"),
     Case("generate {w}/run --top-p 3", USE, r"top_p must be in \[0, 1\], got 3"),
     Case("prefs from-model {w}/run --out {out} --count 0", USE, "--count must be at least 1"),
-    Case("rl {w}/run --reward {w}/judge --out {out} --lr nan", USE, "lr and temp.*above 0"),
+    Case("rl {w}/run --reward {w}/judge --out {out} --lr nan", USE, "--lr: must be a finite"),
+    Case("rl {w}/run --reward {w}/judge --out {out} --lr 0", USE, "lr and temp.*above 0"),
     Case(
         "train --out {w}/run --budget 3steps --allow-change budgte",
         USE,

@@ -8,7 +8,6 @@ differ by what was learned alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, files, metrics, pairs
 from .budget import Budget, learning_rate
+from .config import require_not_negative
 from .errors import InputError, TrainingError
 from .interrupt import Interrupt
 from .kinds import LanguageModel
@@ -133,6 +133,7 @@ class DPO:
         settings: dict[str, Any] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
+        require_not_negative(save_every=save_every)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config or DPOConfig()
         self.out, self.reporter, self.save_every = out, reporter or Quiet(), save_every
         self.on_step, self.settings = on_step, settings or {}
@@ -302,7 +303,7 @@ class DPO:
             self.reporter.update(done)
             if self.on_step is not None:
                 self.on_step(done)
-            if interrupt.requested:
+            if interrupt.requested or self.reporter.closed:
                 return False
             if self.out is not None and time.perf_counter() - saved_at >= self.save_every:
                 self.save()
@@ -318,7 +319,7 @@ class DPO:
 
     def _record(self, event: str, values: dict[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"event": event, **values}))
+            self._metrics.write(files.dumps({"event": event, **values}))
 
     # ---- state on disk --------------------------------------------------------------------------
 

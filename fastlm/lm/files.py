@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -20,6 +21,21 @@ from .errors import OutOfSpace, disk_full
 
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: NaN and the infinities, which it has not, are null."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
 
 
 def sha256(path: Path) -> str:
@@ -85,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace one JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, dumps(value, indent=1) + "\n")
 
 
 class Lines:

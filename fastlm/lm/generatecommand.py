@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, errors, generation
+from . import checkpoint, errors, generation, sources
 
 _SAMPLING = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
@@ -33,9 +32,9 @@ def _standard_input() -> str:
 
 def _prompt_of(source: str, number: int, line: str) -> str:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise errors.InputError(f"{source}, line {number}: no JSON: {error.msg}") from None
+        value = sources.parsed(line)
+    except ValueError as error:
+        raise errors.InputError(f"{source}, line {number}: no JSON: {error}") from None
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise errors.InputError(

@@ -54,6 +54,13 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def deaf() -> None:
+    """From here on nothing ends this process but itself, for the moment that it still takes."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def at_once() -> Iterator[None]:
     """SIGTERM is Ctrl-C here, and both raise KeyboardInterrupt where no `Interrupt` is entered."""

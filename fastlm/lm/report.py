@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import errors, files, plot
+from . import errors, files, plot, sources
 from .progress import Reporter, clock
 
 TEMPLATES = Path(__file__).parent / "assets"
@@ -40,7 +40,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
-            event = json.loads(line)
+            event = sources.parsed(line)
         except ValueError:
             continue
         if not isinstance(event, dict) or "event" not in event:

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import sys
 import zlib
 from collections import Counter
@@ -45,6 +46,7 @@ _KINDS = {
     ".tsv": "csv",
 }
 Pieces = Iterator[str]
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,20 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _expand(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
+    for given in paths:
+        if given == "":  # as Path it would be the current folder
+            raise InputError("a name of a file or folder is empty")
+        path = Path(given)
+        if _is_folder(path):
             found = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _KINDS)
             if not found:
                 known = ", ".join(_KINDS)
@@ -107,6 +119,7 @@ def names(paths: Sequence[Path]) -> list[str]:
     taken, found = set[str](), []
     for path in paths:
         stem = "stdin" if str(path) == STDIN else _stem(path)
+        stem = stem.encode("utf-8", "replace").decode()  # bytes that are no text
         name, number = stem, 1
         while name in taken:
             number += 1
@@ -128,6 +141,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: damaged gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # a NUL in its name
+        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def _opened(path: Path) -> AbstractContextManager[IO[bytes]]:
@@ -226,13 +241,29 @@ def _no_column(
     )
 
 
+def parsed(line: str) -> Any:
+    """A line of JSON. Half of a pair of surrogates, which no encoding can write, becomes U+FFFD.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = json.loads(line.lstrip("\ufeff"))
+        # pairs have become characters: what is left is halves
+        if "\\ud" in line.lower() and _HALF.search(text := json.dumps(value, ensure_ascii=False)):
+            value = json.loads(_HALF.sub("\ufffd", text))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
 def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
     """JSON objects by line number. A line that is no object is counted and left out."""
     for number, line in _lines(path, pieces):
         if not line.strip():
             continue
         try:
-            record = json.loads(line.lstrip("\ufeff"))
+            record = parsed(line)
         except ValueError as error:
             tally.add("lines that are not JSON", f"{path}: line {number}: {error}")
             continue
@@ -309,8 +340,8 @@ def records(
         count += 1
         yield number, {column: record[column] for column in columns}
     if not count:
-        why = next(iter(tally.examples.values()), "no record in it")
-        raise InputError(f"{path}: no usable record ({why})")
+        kind, example = next(iter(tally.examples.items()), ("no record in it", ""))
+        raise InputError(f"{path}: no usable record ({kind}{': ' * bool(example)}{example})")
 
 
 def _documents(

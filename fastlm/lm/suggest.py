@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from .config import wrong_number
+
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """ "; did you mean ...?", or nothing when no name is near."""
@@ -26,6 +28,12 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}"
             )
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        if problem := wrong_number(action.dest, value):
+            raise argparse.ArgumentError(action, problem)
+        return value
 
     def _chosen(self, found: argparse.Namespace) -> argparse.ArgumentParser:
         """The parser of the command that was given."""

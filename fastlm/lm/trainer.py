@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from . import anomaly, checkpoint, distributed, files, gradients, machine, sharding, trainstate
 from .budget import Budget, learning_rate
-from .config import TrainConfig
+from .config import TrainConfig, require_not_negative
 from .diagnosis import verdict
 from .errors import OutOfSpace, TrainingError, UsageError
 from .evaluation import Score, evaluate, sample
@@ -81,6 +80,7 @@ class Trainer(Callbacks):
         workers: int = 0,
     ) -> None:
         super().__init__()
+        require_not_negative(save_every=save_every)
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UsageError("the token store was written with another tokenizer")
         self.model, self.store, self.tokenizer, self.config = model, store, tokenizer, config
@@ -161,7 +161,7 @@ class Trainer(Callbacks):
         if self._metrics is not None:
             line = {"event": event, "step": self.counters.steps, **values}
             with self._room():
-                self._metrics.write(json.dumps(line))
+                self._metrics.write(files.dumps(line))
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -322,7 +322,7 @@ class Trainer(Callbacks):
             due = self.out is not None and now - saved_at >= self.save_every
             # the clocks and signals of other ranks would make them part
             counters.seconds, stop, due = self.ranks.decide(
-                counters.seconds, interrupt.requested, due
+                counters.seconds, interrupt.requested or self.reporter.closed, due
             )
             if stop:
                 return "interrupted"

@@ -20,6 +20,7 @@ grouped heads, Ainslie et al. 2023 (arXiv:2305.13245); smaller branches, Radford
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,6 +71,8 @@ class TransformerConfig:
             raise UsageError(f"context must be at least 2, got {self.context}")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0.0 <= self.z_loss < math.inf:
+            raise UsageError(f"z_loss must be finite and not negative, got {self.z_loss}")
         if self.hidden_size % (2 * self.num_heads):
             raise UsageError(
                 f"hidden_size must be a multiple of twice num_heads ({2 * self.num_heads}), "
