@@ -10,6 +10,7 @@ import re
 import resource
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from fastlm.lm import checkpoint, cli, data, errors, files, machine
 from fastlm.lm.tokenizer import BPETokenizer, ByteTokenizer
 
 TINY = "--tokenizer bytes --hidden 16 --batch 4 --seq 16 --evals 1 --eval-tokens 100 --quiet"
+LOUD = TINY.replace("--quiet", "--log-every 0")
+RL = "rl {w}/run --reward {w}/judge --batch 4 --group 2 --prompt 4 --length 4"
+DPO = "dpo --model {w}/run --preferences {w}/two.jsonl --batch 1 --data {w}/good.txt"
 PAIR = {"prompt": "see ", "chosen": "cat", "rejected": "dog"}
 
 
@@ -43,6 +47,9 @@ def bad_texts(folder: Path) -> None:
         "no_origin.jsonl": json.dumps(PAIR).encode(),
         "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"\n",
         "questions.jsonl": b'{"prompt": "", "a": "x", "b": "y"}\n',
+        "two.jsonl": "".join(
+            json.dumps({**PAIR, "prompt": p, "provenance": "human:me"}) + "\n" for p in "xyz"
+        ).encode(),
         "prefs.jsonl": json.dumps({**PAIR, "provenance": "human:me"}).encode(),
     }
     for name, raw in content.items():
@@ -280,7 +287,7 @@ OTHERS = [
     Case("prefs label {w}/questions.jsonl --out {w}/number.jsonl", BAD, "line 1 is no answer of"),
     Case("prefs label {w}/questions.jsonl --out {w}/latin.txt", BAD, "no answers of prefs label"),
     Case("prefs label {w}/questions.jsonl --out {w}/folder", USE, "folder: cannot be read"),
-    Case("train --seed 99999999999999999999", USE, r"seed must be in \[-2"),
+    Case("train --seed 99999999999999999999", USE, r"seed:? must be in \[-2"),
     Case("eval {w}/run --samples -1", USE, "--samples must not be negative, got -1"),
     Case("generate {w}/run --top-p 3", USE, r"top_p must be in \[0, 1\], got 3"),
     Case("prefs from-model {w}/run --out {out} --count 0", USE, "--count must be at least 1"),
@@ -327,6 +334,43 @@ def test_what_can_be_cleaned_is_no_error(
     assert code_of(f"data stats {world}/{name} --json") == errors.OK
     counts = json.loads(capsys.readouterr().out)["counts"]
     assert sum(n for what, n in counts.items() if counted in what) > 0
+
+
+@pytest.mark.parametrize(
+    "command, code, made",
+    [
+        (f"train --data {{w}}/good.txt --out {{out}} --budget 99steps {LOUD}", 130, "checkpoints"),
+        (f"{RL} --budget 99steps --out {{out}}", 130, "checkpoints"),
+        (f"{DPO} --budget 99steps --out {{out}}", 130, "checkpoints"),
+        ("reward {w}/prefs.jsonl --model {w}/run --out {out} --budget 1steps", 0, "manifest.json"),
+        ("data tokenize {w}/good.txt --out {out} --tokenizer bytes", 0, "manifest.json"),
+        ("prefs from-model {w}/run --count 2 --tokens 4 --out {out}", 0, ""),
+        ("generate {w}/run --max-new-tokens 2", 0, None),
+        ("doctor --json", 0, None),
+        ("data stats {w}/good.txt", 0, None),
+    ],
+)
+def test_nobody_reads_any_more(
+    command: str,
+    code: int,
+    made: str | None,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    out = tmp_path / "out"
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert code_of(command.format(w=world, out=out)) == code
+    said = capsys.readouterr().err
+    if code == errors.INTERRUPTED:
+        assert "interrupted and saved" in said and checkpoint.newest(out) is not None
+    else:
+        assert said == ""
+    assert made is None or (out / made).exists()
 
 
 def test_resume_with_another_tokenizer_is_refused(

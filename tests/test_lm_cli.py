@@ -240,6 +240,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(text: str, tmp_path: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
+    while '"event": "end"' not in metrics.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)  # all is saved: a second one changes no exit code
     _, error = process.communicate(timeout=60)
     assert process.returncode == errors.INTERRUPTED
     assert f"fastlm train --out {out} --resume auto" in error and "Traceback" not in error

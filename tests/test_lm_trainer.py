@@ -21,6 +21,8 @@ from fastlm.lm.errors import OutOfSpace, TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM, PlainGRULM
 from fastlm.lm.optimizer import make_optimizer
+from fastlm.lm.pairs import IGNORED
+from fastlm.lm.progress import Reporter
 from fastlm.lm.recipe import Recipe
 from fastlm.lm.transformer import PlainTransformerLM, TransformerLM
 
@@ -60,6 +62,17 @@ def make(
     return trainer.Trainer(
         model, prepared.tokens, prepared.tokenizer, settings, on_step=on_step, **options
     )
+
+
+class Lines(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
 
 
 def parameters(run: trainer.Trainer) -> list[torch.Tensor]:
@@ -267,6 +280,48 @@ def test_three_bad_steps_in_a_row_end_training(
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [e["event"] for e in events].count("skipped") == 3
     assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind, parts", [(PlainGRULM, 1), (GRULM, 2), (TransformerLM, 1)])
+def test_a_batch_without_targets_has_loss_zero(
+    prepared: preparation.Prepared, kind: Any, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Lines()
+    run = make(prepared, replace(SMALL, accumulate=parts), kind=kind, reporter=said)
+    other = make(prepared, replace(SMALL, accumulate=parts), kind=kind, on_empty="nan")
+    for each in (run, other):
+        tokens, targets, _ = each.lanes.next()
+        empty = tokens, torch.full_like(targets, IGNORED), False
+        monkeypatch.setattr(each.lanes, "next", lambda empty=empty: empty)
+    kept, real, seen = parameters(run), run.optimizer.step, []
+
+    def step() -> None:
+        seen.extend(p.grad for p in run.model.parameters())
+        real()
+
+    monkeypatch.setattr(run.optimizer, "step", step)
+    assert run.step() == 0.0 and run.counters.loss_ema == 0.0 and run.counters.skipped == 0
+    assert len(seen) == len(kept) and not any(bool(gradient.any()) for gradient in seen)
+    assert said.lines == ["step 1: 0 valid tokens, its loss is 0"]
+    assert math.isnan(other.step()) and other.counters.skipped == 1
+    with pytest.raises(UsageError, match="on_empty must be zero or nan, got 'none'"):
+        make(prepared, on_empty="none")
+
+
+@pytest.mark.parametrize("kind", [GRULM, TransformerLM])
+def test_fit_is_the_trainers(prepared: preparation.Prepared, kind: Any) -> None:
+    settings = replace(SMALL, budget="2steps")
+    run = make(prepared, settings, kind=kind)
+    twin = make(prepared, settings, kind=kind).model
+    options = {"budget": "2steps", "batch": 4, "evals": 3, "eval_tokens": 500, "lr": 1e-2}
+    if kind is GRULM:  # a Transformer's rows are as long as its context
+        options["seq"] = 16
+    assert twin.fit(prepared.tokens, prepared.tokenizer, **options).score == run.fit().score
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), parameters(run), strict=True))
+    with pytest.raises(UsageError, match="unknown setting budgte; did you mean budget"):
+        twin.fit(prepared.tokens, prepared.tokenizer, budgte="2steps")
+    with pytest.raises(UsageError, match="hidden: decided by the model"):
+        twin.fit(prepared.tokens, prepared.tokenizer, hidden=3)
 
 
 # ---- parts --------------------------------------------------------------------------------------

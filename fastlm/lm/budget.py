@@ -21,7 +21,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|steps?|epochs?)", text.strip())
-        if match is None or float(match[1]) <= 0:
+        if match is None or not 0 < float(match[1]) < math.inf:
             raise UsageError(f"budget must be like 90s, 10m, 500steps or 2epochs, got {text!r}")
         amount, unit = float(match[1]), match[2]
         if unit in _UNITS:

@@ -147,6 +147,13 @@ def keyboard(stream: TextIO | None = None) -> Iterator[Callable[[], str]]:
         termios.tcsetattr(number, termios.TCSADRAIN, before)
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a number without a name, as in a container
+        raise UsageError("this user has no name; say who judges: --annotator NAME") from None
+
+
 def _ask(question: Question, swapped: bool, number: str, out: TextIO) -> None:
     first, second = (question.b, question.a) if swapped else (question.a, question.b)
     rule = "-" * 72
@@ -169,7 +176,7 @@ def label(
     better place; the record says what was shown.
     """
     out = out or sys.stdout
-    name = annotator or getpass.getuser()
+    name = annotator or _user()
     provenance = check_provenance(f"human:{name}", "--annotator")
     todo = [q for q in questions if q.key not in answers.done()]
     already, count, at = len(questions) - len(todo), 0, 0

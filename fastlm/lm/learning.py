@@ -22,6 +22,7 @@ from . import (
     preferences,
     reward,
     rollouts,
+    synthetic,
 )
 from .judging import Reward
 from .kinds import LanguageModel
@@ -72,9 +73,13 @@ def _counted(
 
 
 def open_model(
-    path: Path, data: list[str] | None, holdout: str | None
+    path: Path,
+    data: list[str] | None,
+    holdout: str | None,
+    remedy: str = "give --data and --holdout as in its training",
 ) -> tuple[LanguageModel, Tokenizer, Prepared]:
-    """A model, and the text it was trained on, split as it was then."""
+    """A model, and the text it was trained on, split as it was then. `remedy`: what the command
+    offers where that is another text by now."""
     saved = checkpoint.find(path)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
@@ -90,10 +95,7 @@ def open_model(
     own = settings.get("init") is not None or settings.get("pairs") is not None
     prepared = prepare(config, given=tokenizer if own else None)
     if prepared.tokenizer.sha256 != tokenizer.sha256:
-        raise errors.InputError(
-            f"{path}: the model's tokenizer is not that of this text; give --data and --holdout as "
-            "in its training"
-        )
+        raise errors.InputError(f"{path}: the model's tokenizer is not that of this text; {remedy}")
     return model, tokenizer, prepared
 
 
@@ -134,7 +136,23 @@ def _sample(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON)
     return errors.OK
 
 
-PREFS = {"label": _label, "sample": _sample, "check": _check, "from-model": _from_model}
+def _synthetic(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    questions = labelling.read_questions(args.questions)
+    found = synthetic.prefer(questions, args.rule)
+    if not found:
+        raise errors.InputError(f"{args.questions}: {args.rule} prefers no text to its other one")
+    preferences.save(args.out, found)
+    reporter.line(f"{len(questions) - len(found):,} of {len(questions):,} questions left out: ties")
+    return _counted(args, found, reporter, print_json)
+
+
+PREFS = {
+    "label": _label,
+    "sample": _sample,
+    "check": _check,
+    "from-model": _from_model,
+    "synthetic": _synthetic,
+}
 
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:

@@ -223,8 +223,19 @@ def page(found: dict[str, Any], events: list[dict[str, Any]]) -> str:
 
 
 def write(run: Path) -> Path:
-    """The page of a run, beside what it is made of."""
-    files.write_text(run / PAGE, page(*read(run)))
+    """The page of a run, beside what it is made of.
+
+    Raises:
+        InputError: what is there is of something else.
+    """
+    from jinja2 import UndefinedError
+
+    try:
+        made = page(*read(run))
+    except (KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:
+        what = f"missing or of another type: {error}"
+        raise errors.InputError(f"{run}: not the report of a run ({what})") from None
+    files.write_text(run / PAGE, made)
     return run / PAGE
 
 

@@ -35,6 +35,7 @@ from fastlm import checks
 
 from .decoding import Cache, Decoder
 from .errors import UsageError
+from .model import Trainable
 
 EPS = 1e-6
 # q [B, T, H, D], k and v [B, T, Hk, D] -> [B, T, H, D]
@@ -168,7 +169,7 @@ class Layer(nn.Module):
         return x + self.dropout(self.linear(F.silu(gate) * up, self.down.weight))
 
 
-class TransformerLM(nn.Module):
+class TransformerLM(Trainable, nn.Module):
     """Decoder-only Transformer; the arguments are those of `TransformerConfig`."""
 
     # a state of the model is the tokens before; reading them again is for evaluation alone
