@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import hub, sources
+from . import hub, paths
 from .cleaning import Cleaning
 from .config import TrainConfig
 from .errors import CheckpointError, UsageError
@@ -45,7 +45,7 @@ def _absolute(name: str, path: str) -> str:
     """A path for whoever resumes in another folder."""
     if not path:
         raise UsageError(f"--{name}: a name of a file or folder is empty")
-    if path == sources.STDIN or hub.names(path):  # which is refused by who reads them
+    if path == paths.STDIN or hub.names(path):  # which is refused by who reads them
         return path
     try:
         found = str(Path(path).resolve())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +50,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
                 again = {k: v for k, v in _REPEATED.items() if v == kind}
                 found = [e for e in found if e["event"] not in again or e[kind] < now]
             last[kind] = now
+        if kind in _REPEATED:  # of numbers, where null is what was not finite
+            event = {name: math.nan if v is None else v for name, v in event.items()}
         found.append(event)
     return found
 
@@ -63,7 +65,7 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     events, path = read_events(run / "metrics.jsonl"), run / "report.json"
     if path.exists():
         try:
-            return json.loads(path.read_text(encoding="utf-8")), events
+            return sources.parsed(path.read_text(encoding="utf-8")), events
         except ValueError as error:
             raise errors.InputError(f"{path}: not JSON ({error})") from None
     if not events:

@@ -26,25 +26,15 @@ from typing import IO, Any, cast
 from . import hub
 from .errors import InputError, UsageError
 from .markup import without_tags
+from .paths import KINDS, STDIN, expand, names, suffix_of
 
 FORMATS = ("auto", "text", "html", "jsonl", "csv")
-STDIN = "-"
 BLOCK = 1 << 20
 # a record is parsed whole: beyond this the file is hardly what its name says
 LARGEST_RECORD = 1 << 26
 # above this share of undecodable bytes a file is not text in the encoding we read
 MAX_BAD_BYTES = 0.01
 
-_KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".html": "html",
-    ".htm": "html",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
 Pieces = Iterator[str]
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -78,55 +68,6 @@ class Tally:
     def add(self, what: str, example: str) -> None:
         self.counts[what] += 1
         self.examples.setdefault(what, example)
-
-
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError as error:  # a name that is too long, for one
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _expand(paths: Iterable[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for given in paths:
-        if given == "":  # as Path it would be the current folder
-            raise InputError("a name of a file or folder is empty")
-        path = Path(given)
-        if _is_folder(path):
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _KINDS)
-            if not found:
-                known = ", ".join(_KINDS)
-                raise InputError(f"{path}: no file in this folder ends in {known} (or .gz)")
-            files += found
-        else:
-            files.append(path)
-    return list(dict.fromkeys(files))
-
-
-def _stem(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix
-    return name.removesuffix(suffix) if suffix.lower() in _KINDS else name
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """One name for each file, unlike each other."""
-    taken, found = set[str](), []
-    for path in paths:
-        stem = "stdin" if str(path) == STDIN else _stem(path)
-        stem = stem.encode("utf-8", "replace").decode()  # bytes that are no text
-        name, number = stem, 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        found.append(name)
-    return found
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -275,7 +216,7 @@ def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int
 
 def csv_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of CSV (or of tabs) by line number; the first row names the columns."""
-    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
     before = csv.field_size_limit(LARGEST_RECORD)
     try:
         lines = (line.lstrip("\ufeff") + "\n" for _, line in _lines(path, pieces))
@@ -299,7 +240,7 @@ RECORDS: dict[str, Callable[[Path, Pieces, Tally], Iterator[tuple[int, dict[str,
 
 
 def kind_of(path: Path, reading: Reading) -> str:
-    kind = _KINDS.get(_suffix(path), "text") if reading.format == "auto" else reading.format
+    kind = KINDS.get(suffix_of(path), "text") if reading.format == "auto" else reading.format
     return "html" if reading.html and kind == "text" else kind
 
 
@@ -375,7 +316,7 @@ def read(
             of any other file raise in the caller's hands, who may go on.
     """
     reading, tally = reading or Reading(), tally or Tally()
-    files = _expand(paths)
+    files = expand(paths)
     if not files:
         raise InputError("no text file given")
     for path, name in zip(files, names(files), strict=True):
@@ -393,7 +334,7 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     Raises:
         InputError: as `read`. UsageError: standard input can be read only once.
     """
-    files = _expand(paths)
+    files = expand(paths)
     if any(str(path) == STDIN for path in files):
         raise UsageError("standard input can be read once only: save it with fastlm data clean")
     for path in filter(hub.names, files):

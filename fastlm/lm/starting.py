@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, pairdata, preparation, tokenizer
+from . import checkpoint, generation, pairdata, preparation, tokenizer
 from .config import difference
-from .errors import CheckpointError, UsageError
+from .errors import UsageError
 from .kinds import KINDS, LanguageModel
 from .recipe import DEFAULTS, Recipe
 from .tokenizer import Tokenizer
@@ -70,9 +70,7 @@ def start_from(path: Path) -> Start:
         model = dict(saved.state["config"]["model"])
         kind = names[model.pop("kind")]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{saved.path / checkpoint.STATE}: no model in it ({error})"
-        ) from None
+        raise generation.no_model(saved, error) from None
     found = tokenizer.load(saved.path / checkpoint.TOKENIZER)
     settings = {_OPTIONS[name]: value for name, value in model.items() if name in _OPTIONS}
     settings |= {"model": kind, "init": str(path.resolve()), "tokenizer": found.kind, "lr": LR}
@@ -132,6 +130,10 @@ def choose(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Chosen
         raise UsageError(f"{saved.path} is of another command than train; use another --out")
     start = start_of(given, saved)
     remembered = saved.state.get("settings", {}) if saved is not None else {}
+    source, known_settings = (saved, remembered) if start is None else (start.saved, start.settings)
+    kind = known_settings.get("model")
+    if source is not None and kind is not None and given.get("model", kind) != kind:
+        raise UsageError(f"{source.path} is of --model {kind}, not {given['model']}")
     recipe = Recipe.of(remembered if start is None else start.settings, given)
     recipe.train_config()
     known = None if start is None else start.tokenizer
