@@ -45,6 +45,7 @@ def bad_texts(folder: Path) -> None:
         "broken.jsonl": b"{\n[1]\n",
         "number.jsonl": b'{"text": 5}\n',
         "no_origin.jsonl": json.dumps(PAIR).encode(),
+        "na\udcffme.txt": text.replace("\n", "\r\n").encode(),  # bytes that are no text
         "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"\n",
         "questions.jsonl": b'{"prompt": "", "a": "x", "b": "y"}\n',
         "two.jsonl": "".join(
@@ -56,6 +57,8 @@ def bad_texts(folder: Path) -> None:
         (folder / name).write_bytes(raw)
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
+    (folder / "clean").mkdir()
+    (folder / "clean" / "report.json").write_text('{"read": 1, "kept": 1}')
 
 
 def flip(model: Path) -> None:
@@ -276,10 +279,16 @@ OTHERS = [
     Case("data stats {w}/good.txt --min-characters -1", USE, "min_characters must not be negative"),
     Case("bench recall --pairs 0", USE, "pairs must be at least 1, got 0"),
     Case("bench recall --threads 0", USE, "--threads must be at least 1, got 0"),
+    Case("train --out {w}/run --model transformer", USE, "is of --model gru, not transformer"),
+    Case("summarize {w}/run --sentences 0 {w}/good.txt", USE, "at least 1 sentence, got 0"),
+    Case("eval {w}/run --samples 2 {w}/none.txt", BAD, "none.txt: no such file"),
+    Case("report {w}/clean", BAD, "clean: not the report of a run"),
+    Case("report {w}/judge", BAD, "judge: neither report.json nor metrics.jsonl"),
     # a name that cannot be one, a file that is not what it says
     Case("train --data ''", USE, "--data: a name of a file or folder is empty"),
     Case("data stats ''", BAD, "a name of a file or folder is empty"),
     Case("train --data {w}/loop", USE, "--data .*loop: Symlink loop|--data .*loop: .*symbolic"),
+    Case("train --data {w}/na\udcffme.txt", USE, "a name that is not UTF-8; rename it"),
     Case("train --data -", USE, "standard input can be read once only"),
     Case("data stats {w}/deep.jsonl", BAD, "deep.jsonl: no usable record .*nested too deeply"),
     Case("prefs check {w}/deep.jsonl", BAD, "line 1: nested too deeply"),
@@ -326,7 +335,8 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    "name, counted", [("few_nul.txt", "control"), ("crlf.txt", "line endings")]
+    "name, counted",
+    [("few_nul.txt", "control"), ("crlf.txt", "line endings"), ("na\udcffme.txt", "line endings")],
 )
 def test_what_can_be_cleaned_is_no_error(
     name: str, counted: str, world: Path, capsys: pytest.CaptureFixture[str]
@@ -371,6 +381,19 @@ def test_nobody_reads_any_more(
     else:
         assert said == ""
     assert made is None or (out / made).exists()
+
+
+def test_a_run_among_its_text_is_not_read(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(world / "good.txt", tmp_path / "good.txt")
+    monkeypatch.chdir(tmp_path)
+    command = f"train --data . --out runs/a {TINY} --budget"
+    assert code_of(f"{command} 1steps") == errors.OK
+    assert code_of(f"{command} 2steps --allow-change budget") == errors.OK
+    assert code_of("data stats . --json") == errors.OK
+    assert json.loads(capsys.readouterr().out)["kept"] == 1
+    assert code_of("data stats runs/a") == errors.BAD_INPUT
 
 
 def test_resume_with_another_tokenizer_is_refused(

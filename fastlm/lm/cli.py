@@ -236,7 +236,10 @@ def _ranks() -> tuple[int, int]:
     """(rank, ranks) of torchrun; (0, 1) without it."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        return 0, 1
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -255,14 +258,14 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _streams() -> None:
-    """Streams that were closed (`>&-`) lead nowhere, and a character that the terminal cannot show
-    becomes a question mark: neither is a reason to end."""
+    """Streams that were closed (`>&-`) lead nowhere, and a character that a terminal cannot show or
+    type becomes a question mark: neither is a reason to end."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream: Any = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        elif name == "stdout" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
 
 
 def _failed(error: Exception) -> int:

@@ -372,7 +372,10 @@ def connected(way: str | None = None, device: str = "auto") -> Iterator[Ranks]:
         alone.device = machine.device_of(device)
         yield alone
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    try:
+        local_rank = int(os.environ["LOCAL_RANK"])
+    except ValueError:
+        raise UsageError("LOCAL_RANK must be a number, as torchrun sets it") from None
     place = _device(local_rank, machine.device_of(device))
     whole = True
     try:

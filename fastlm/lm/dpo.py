@@ -356,6 +356,10 @@ class DPO:
         Raises:
             UsageError: the configuration differs; the message lists the differences.
         """
+        with saved.understood():
+            self._restore(saved, allow)
+
+    def _restore(self, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
         checkpoint.require_same(saved, self.described(), allow)
         tensors = checkpoint.load_training(saved, self.model, self.optimizer)
         self.reference = tensors["reference"]

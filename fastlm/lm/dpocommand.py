@@ -56,7 +56,7 @@ def command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON)
     saved = checkpoint.find(args.model)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
-    settings = saved.state.get("settings", {})
+    settings = saved.settings
     found = preferences.load(args.preferences, args.format, args.provenance)
     test = preferences.load(args.test, args.format, args.provenance) if args.test else None
     names = DPOConfig.__dataclass_fields__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -70,7 +71,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt == "-":
         # a shell ends what it writes with a line end that nobody meant
         return [_standard_input().removesuffix("\n").removesuffix("\r")]
-    return [args.prompt]
+    # bytes that the locale could not read are in it as they came
+    return [_utf8("--prompt", os.fsencode(args.prompt))]
 
 
 def _warn_of_context(model: Any, tokenizer: Any, prompts: list[str]) -> None:

@@ -47,7 +47,7 @@ def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokeni
     try:
         settings: dict[str, Any] = dict(saved.state["config"]["model"])
         model = CLASSES[settings.pop("kind")](**settings)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise no_model(saved, error) from None
     checkpoint.load_parameters(model, saved)
     found = tokenizer.load(saved.path / checkpoint.TOKENIZER)
@@ -56,7 +56,8 @@ def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokeni
             f"{saved.path / checkpoint.TOKENIZER}: {found.vocab_size} ids, the model has "
             f"{model.config.vocab_size}"
         )
-    trained_with = saved.state["config"].get("data", {}).get("tokenizer", found.sha256)
+    with saved.understood():
+        trained_with = saved.state["config"].get("data", {}).get("tokenizer", found.sha256)
     if found.sha256 != trained_with:
         raise CheckpointError(
             f"{saved.path / checkpoint.TOKENIZER}: not the tokenizer of the model's training"

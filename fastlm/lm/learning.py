@@ -83,7 +83,19 @@ def open_model(
     saved = checkpoint.find(path)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
-    settings = saved.state.get("settings", {})
+    with saved.understood():
+        return _with_text(saved, model, tokenizer, data, holdout, remedy)
+
+
+def _with_text(
+    saved: checkpoint.Checkpoint,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    data: list[str] | None,
+    holdout: str | None,
+    remedy: str,
+) -> tuple[LanguageModel, Tokenizer, Prepared]:
+    path, settings = saved.path, saved.settings
     if settings.get("pairs") is not None and data is None:
         raise errors.UsageError(f"{path} was trained on pairs; give a text: --data FILE")
     paths = tuple(data) if data is not None else settings.get("data")
@@ -202,7 +214,7 @@ def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Of the training of the model that is improved: its text is known to what comes after."""
-    own: dict[str, Any] = checkpoint.find(args.model).state.get("settings", {})
+    own = checkpoint.find(args.model).settings
     if own or args.data is None:
         return own
     return {"data": [str(Path(path).resolve()) for path in args.data], "holdout": args.holdout}

@@ -307,7 +307,7 @@ def save(path: Path, model: RewardModel, tokenizer: Tokenizer, report: RewardRep
 
 
 def is_reward(saved: checkpoint.Checkpoint) -> bool:
-    model = saved.state.get("config", {}).get("model", {})
+    model = saved.state.get("config", {}).get("model")
     return isinstance(model, dict) and model.get("class") == "RewardModel"
 
 
@@ -322,7 +322,7 @@ def load(path: Path) -> Judge:
         settings = dict(saved.state["config"]["model"])
         settings.pop("class")
         model = RewardModel(**settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no reward model ({error})") from None
     checkpoint.load_parameters(model, saved)
     found = tokenizer.load(saved.path / checkpoint.TOKENIZER)

@@ -148,7 +148,7 @@ def _decoded(path: Path, encoding: str, counts: Counter[str]) -> Pieces:
         what = "NUL bytes" if nul > bad.count else f"bytes that are not {encoding.upper()}"
         raise InputError(
             f"{path}: not text, {bad.count + nul:,} of {size:,} bytes are {what}; "
-            "convert it first, for example with iconv -t utf-8, or name its --encoding"
+            "convert it first, with iconv -t utf-8 or fastlm data clean --encoding NAME"
         )
     if blank:
         raise InputError(f"{path}: empty, no text in it")
@@ -167,14 +167,14 @@ def _lines(path: Path, pieces: Pieces) -> Iterator[tuple[int, str]]:
         if len(rest) > LARGEST_RECORD:
             raise InputError(
                 f"{path}: line {number + 1} is longer than {LARGEST_RECORD >> 20} MiB; "
-                "as plain text it could be read: --format text"
+                "as plain text fastlm data clean --format text reads it"
             )
     if rest:
         yield number + 1, rest.rstrip("\r")
 
 
 def _no_column(
-    path: Path, line: int, column: str, there: Iterable[object], option: str = "--column"
+    path: Path, line: int, column: str, there: Iterable[object], option: str
 ) -> InputError:
     listed = ", ".join(map(repr, there)) or "none"
     return InputError(
@@ -258,7 +258,7 @@ def objects(path: Path, reading: Reading, tally: Tally) -> Iterator[tuple[int, d
         return hub.records(path)
     kind = kind_of(path, reading)
     if kind not in RECORDS:
-        raise InputError(f"{path}: records are .jsonl or .csv, or say --format jsonl")
+        raise InputError(f"{path}: records are in files named .jsonl or .csv")
     return RECORDS[kind](path, _decoded(path, reading.encoding, tally.counts), tally)
 
 
@@ -270,7 +270,8 @@ def records(
     Raises:
         InputError: a column is missing, or no line could be used; the message names the first.
     """
-    count, option = 0, "--column" if len(columns) == 1 else "--format, --group"
+    count = 0
+    option = "fastlm data clean --column NAME" if len(columns) == 1 else "--format, --group"
     for number, record in objects(path, reading, tally):
         for column in columns:
             if column not in record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +62,12 @@ def capture(run: Trainer) -> tuple[checkpoint.Tensors, dict[str, Any]]:
     if run.best_model is not None:
         tensors |= {f"best.{name}": value for name, value in run.best_model.items()}
     generators, random_json = run.ranks.random_state()
+    best = run.counters.best
     state = {
         "config": run.described(),
         "settings": run.settings,
-        "counters": asdict(run.counters),
+        # JSON has no infinity
+        "counters": {**asdict(run.counters), "best": best if math.isfinite(best) else None},
         "cursor": run.lanes.state(),
         "scores": [asdict(score) for score in run.scores],
         "train_curve": run.train_curve,
@@ -76,6 +79,11 @@ def capture(run: Trainer) -> tuple[checkpoint.Tensors, dict[str, Any]]:
 
 def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
     """As `Trainer.resume`."""
+    with saved.understood():
+        _restore(run, saved, allow)
+
+
+def _restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
     require_same(saved, run.described(), allow)
     tensors = checkpoint.load_training(saved, run.model, run.optimizer)
     hidden = run.ranks.own(tensors.get("hidden"))
@@ -86,7 +94,7 @@ def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) 
         if name.startswith("best.")
     }
     run.best_model = best or None
-    run.counters = Counters(**saved.state["counters"])
+    run.counters = Counters(**{k: v for k, v in saved.state["counters"].items() if v is not None})
     if run.ranks.chief:
         checkpoint.set_aside(run.out, saved)
     run.lanes.restore(saved.state["cursor"])
