@@ -250,7 +250,6 @@ def test_a_torn_line_is_dropped(tmp_path: Path, torn: str) -> None:
 def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = files.Lines(path)
-    files.Lines(path)  # of the same process, as after a resume
 
     def other() -> int:
         """What another process hears."""

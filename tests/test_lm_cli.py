@@ -150,7 +150,7 @@ def test_train_and_generate_with_a_transformer(
     model = saved.state["config"]["model"]
     assert (model["kind"], model["context"], model["end"]) == ("TransformerLM", 16, 256)
     assert cli.main([*again, "--model", "gru"]) == errors.USAGE
-    assert "is for --model transformer" in only_line(capsys)
+    assert "is of --model transformer, not gru" in only_line(capsys)
 
     # 40 tokens in a context of 16
     command = ["generate", str(out), "--prompt", "It is a truth", "--max-new-tokens", "40"]

@@ -35,8 +35,8 @@ JUDGED = 200  # texts before and after
 
 
 def _label(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    answers = labelling.Answers(args.out)
     questions = labelling.read_questions(args.questions)
+    answers = labelling.Answers(args.out)
     with labelling.keyboard() as key:
         count = labelling.label(
             questions,
