@@ -46,6 +46,7 @@ def bad_texts(folder: Path) -> None:
         "number.jsonl": b'{"text": 5}\n',
         "no_origin.jsonl": json.dumps(PAIR).encode(),
         "na\udcffme.txt": text.replace("\n", "\r\n").encode(),  # bytes that are no text
+        "half.jsonl": b'{"text": "some text, \\ud83d\\ude00 and \\udc00"}\n',
         "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"\n",
         "questions.jsonl": b'{"prompt": "", "a": "x", "b": "y"}\n',
         "two.jsonl": "".join(
@@ -266,6 +267,8 @@ OTHERS = [
     Case("rl {w}/run --reward {w}/judge --save-every -1 --out {out}", USE, "save_every must not"),
     Case("train --hidden 99999999999999999999", USE, "--hidden: must be at most 2,147,483,647"),
     Case("train --set model.hidden=99999999999", USE, "model.hidden must be at most 2,147,483,647"),
+    Case("generate {w}/run --presence-penalty inf", USE, "--presence-penalty: must be a finite"),
+    Case("generate {w}/run --seed 18446744073709551616", USE, r"--seed: must be in \[-2\*\*63"),
     Case("train --set train.lr=inf", USE, "train.lr must be a finite number, got inf"),
     Case("train --layers 1000000", USE, "layers must be at most 4,096, got 1,000,000"),
     Case("train --hidden 0", USE, "hidden must be at least 1, got 0"),
@@ -336,7 +339,12 @@ def test_bad_input(
 
 @pytest.mark.parametrize(
     "name, counted",
-    [("few_nul.txt", "control"), ("crlf.txt", "line endings"), ("na\udcffme.txt", "line endings")],
+    [
+        ("few_nul.txt", "control"),
+        ("crlf.txt", "line endings"),
+        ("na\udcffme.txt", "line endings"),
+        ("half.jsonl", "halves"),
+    ],
 )
 def test_what_can_be_cleaned_is_no_error(
     name: str, counted: str, world: Path, capsys: pytest.CaptureFixture[str]

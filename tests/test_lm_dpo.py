@@ -295,7 +295,7 @@ def test_command_is_interrupted_and_goes_on(
     monkeypatch.setattr(DPO, "step", step)
     arguments = command(folder, tmp_path / "out", "--budget", "4steps")
     assert cli.main(arguments) == errors.INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command goes on" in capsys.readouterr().err
     assert cli.main(arguments) == errors.OK
     assert "resumed from" in capsys.readouterr().out
 

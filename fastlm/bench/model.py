@@ -226,8 +226,10 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _positive(text: str) -> int:
-    if not 1 <= (value := int(text)) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be at least 1 and below 2**31, got {value}")
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below 2**31, got {value}")
     return value
 
 

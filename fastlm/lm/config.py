@@ -17,8 +17,8 @@ def wrong_number(name: str, value: Any) -> str | None:
     """What an option can never mean, whichever it is: no finite number, or one beyond all sizes."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be a finite number, got {value}"
-    if isinstance(value, int) and name == "seed" and not -(2**63) <= value < 2**63:
-        return f"must be in [-2**63, 2**63), got {value}"
+    if isinstance(value, int) and name == "seed" and not -(2**63) <= value < 2**64:
+        return f"must be in [-2**63, 2**64), got {value}"
     if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:
         return f"must be at most {LARGEST:,}, got {value:,}"
     return None

@@ -183,19 +183,24 @@ def _no_column(
 
 
 def parsed(line: str) -> Any:
-    """A line of JSON. Half of a pair of surrogates, which no encoding can write, becomes U+FFFD.
+    """A line of JSON.
 
     Raises:
         ValueError: it is none.
     """
     try:
-        value = json.loads(line.lstrip("\ufeff"))
-        # pairs have become characters: what is left is halves
-        if "\\ud" in line.lower() and _HALF.search(text := json.dumps(value, ensure_ascii=False)):
-            value = json.loads(_HALF.sub("\ufffd", text))
+        return json.loads(line.lstrip("\ufeff"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    return value
+
+
+def _whole(record: dict[str, Any], line: str, counts: Counter[str]) -> dict[str, Any]:
+    """Without halves of pairs of surrogates, which no encoding can write: each is U+FFFD."""
+    if "\\ud" not in line.lower():
+        return record
+    text, halves = _HALF.subn("\ufffd", json.dumps(record, ensure_ascii=False))
+    counts["halves of characters"] += halves
+    return json.loads(text) if halves else record
 
 
 def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -209,7 +214,7 @@ def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int
             tally.add("lines that are not JSON", f"{path}: line {number}: {error}")
             continue
         if isinstance(record, dict):
-            yield number, record
+            yield number, _whole(record, line, tally.counts)
         else:
             tally.add("lines that are not JSON objects", f"{path}: line {number}")
 
