@@ -305,6 +305,7 @@ def _flushed(code: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     _streams()
+    interrupt.Interrupt.alone = argv is None
     try:
         with interrupt.terminable():
             code = _run(list(sys.argv[1:] if argv is None else argv))

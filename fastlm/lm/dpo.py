@@ -284,6 +284,7 @@ class DPO:
                         self._judge("after")
                 if self.out is not None:
                     self.save()
+                    interrupt.saved = stopped == "interrupted"
         finally:
             self.reporter.close()
             if self._metrics is not None:

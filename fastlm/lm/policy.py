@@ -304,6 +304,7 @@ class PolicyGradient:
                         saved_at = time.perf_counter()
                 if self.out is not None:
                     self.save()
+                    interrupt.saved = stopped == "interrupted"
         finally:
             if self._metrics is not None:
                 self._metrics.close()

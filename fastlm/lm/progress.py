@@ -49,11 +49,12 @@ class Reporter:
     else says itself in one. `closed`: nobody reads any more (`fastlm train | head`), which ends no
     work; what goes on for long saves and stops."""
 
+    closed = False
+
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self.stream = stream or sys.stdout
         self._interval, self._printed = interval, float("-inf")
         self._last: tuple[object, bool] | None = None
-        self.closed = False
 
     def line(self, text: str = "") -> None:
         if not self.closed:

@@ -302,7 +302,7 @@ class Trainer(Callbacks):
             with Interrupt() as interrupt:
                 stopped = self._loop(interrupt)
                 self.reporter.close()
-                return self._finish(stopped)
+                return self._finish(stopped, interrupt)
         finally:
             self.reporter.close()
             for sink in self.sinks:
@@ -392,13 +392,14 @@ class Trainer(Callbacks):
             now = same.nats_per_token
         return verdict(self.train_curve, [s.nats_per_token for s in self.scores], now)
 
-    def _finish(self, stopped: str) -> Result:
+    def _finish(self, stopped: str, interrupt: Interrupt) -> Result:
         score, words, path = None, "", None
         # a run that died between its last save and its end has done it
         if stopped == "budget" and self.counters.evaluated != self.counters.steps:
             self._evaluate(self.config.eval_tokens)
         if self.out is not None:
             path = self.save()
+            interrupt.saved = stopped == "interrupted"
         if stopped != "interrupted":
             words = self._verdict()
             if self.best_model is not None:
