@@ -282,6 +282,7 @@ OTHERS = [
     Case("data stats {w}/good.txt --min-characters -1", USE, "min_characters must not be negative"),
     Case("bench recall --pairs 0", USE, "pairs must be at least 1, got 0"),
     Case("bench recall --threads 0", USE, "--threads must be at least 1, got 0"),
+    Case("train --data {w}/good.txt --learn all", USE, "--learn is for --pairs, not for text"),
     Case("train --out {w}/run --model transformer", USE, "is of --model gru, not transformer"),
     Case("summarize {w}/run --sentences 0 {w}/good.txt", USE, "at least 1 sentence, got 0"),
     Case("eval {w}/run --samples 2 {w}/none.txt", BAD, "none.txt: no such file"),

@@ -123,6 +123,9 @@ class Recipe:
                 raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
         if self.pairs is not None and self.data is not None:
             raise UsageError("--data is for text and --pairs for prompts and targets: one of them")
+        for name in ("format", "group", "longest", "learn") if self.pairs is None else ():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UsageError(f"--{name} is for --pairs, not for text")
         if self.pairs is None and self.context is not None and self.context < self.seq:
             raise UsageError(f"context must be at least seq ({self.seq}), got {self.context}")
 

@@ -24,7 +24,7 @@ def _behind_options(
     last = [action for action in parser._actions if not action.option_strings][-1:]
     if not last or any(word.startswith("-") and word != "-" for word in words):
         return False
-    name, many = last[0].dest, last[0].nargs == "*"
+    name, many = last[0].dest, last[0].nargs in ("*", "+")
     if many:
         setattr(found, name, [*getattr(found, name), *words])
     elif last[0].nargs == "?" and getattr(found, name) is None and len(words) == 1:
