@@ -313,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _flushed(errors.OK)
         raise
     except KeyboardInterrupt:
+        if argv is None:
+            interrupt.deaf()
         _say("stopped at once; what was saved before is whole")
         code = errors.INTERRUPTED
     except BrokenPipeError:  # the reader has what it wants

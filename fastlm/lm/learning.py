@@ -83,26 +83,17 @@ def open_model(
     saved = checkpoint.find(path)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
-    with saved.understood():
-        return _with_text(saved, model, tokenizer, data, holdout, remedy)
-
-
-def _with_text(
-    saved: checkpoint.Checkpoint,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    data: list[str] | None,
-    holdout: str | None,
-    remedy: str,
-) -> tuple[LanguageModel, Tokenizer, Prepared]:
-    path, settings = saved.path, saved.settings
+    settings = saved.settings
     if settings.get("pairs") is not None and data is None:
         raise errors.UsageError(f"{path} was trained on pairs; give a text: --data FILE")
-    paths = tuple(data) if data is not None else settings.get("data")
-    which = held_out_of(settings.get("holdout") if holdout is None else holdout)
-    config = DataConfig(
-        None if paths is None else tuple(paths), which, tokenizer.kind, settings.get("vocab", 2048)
-    )
+    with saved.understood():
+        paths = settings.get("data") if data is None else data
+        config = DataConfig(
+            None if paths is None else tuple(map(str, paths)),
+            held_out_of(settings.get("holdout") if holdout is None else holdout),
+            tokenizer.kind,
+            int(settings.get("vocab", 2048)),
+        )
     # a model that started from another one may be asked about any text
     own = settings.get("init") is not None or settings.get("pairs") is not None
     prepared = prepare(config, given=tokenizer if own else None)
