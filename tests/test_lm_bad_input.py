@@ -413,6 +413,25 @@ def test_resume_with_another_tokenizer_is_refused(
     assert re.search(r"data.tokenizer: \w+ -> \w+", one_line(capsys))
 
 
+def test_a_text_that_has_changed_since_the_training(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    shutil.copyfile(world / "good.txt", text)
+    options = f"{TINY} --tokenizer bpe --vocab 300 --budget 1steps"
+    assert code_of(f"train --data {text} --out {run} {options}") == errors.OK
+    text.write_text("quite other words, " * 500)
+    remedies = {
+        f"eval {run}": "name a text: fastlm eval .*run PATH",
+        f"rl {run} --reward {world}/judge --out {tmp_path}/rl": "give --data and --holdout as in",
+    }
+    for command, remedy in remedies.items():
+        assert code_of(command) == errors.BAD_INPUT
+        said = one_line(capsys)
+        assert re.search(f"tokenizer is not that of this text; .*{remedy}", said), said
+        assert command.startswith("rl") or "--data" not in said
+
+
 @pytest.mark.parametrize("limit", [10, 2000, 40_000])
 @pytest.mark.parametrize(
     "command",
