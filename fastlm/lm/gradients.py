@@ -82,8 +82,9 @@ def backward(
         token_parts, target_parts, state_parts, kept, strict=True
     ):
         loss, after = forward(loss_of, part, wanted, before, config)
-        if count:
-            share = loss * (count / sum(kept))
+        # without any target too: FSDP2 gives its whole parameters back in the backward
+        if count or not sum(kept):
+            share = loss * (count / sum(kept)) if count else loss
             share.backward()
             total += share.detach()
         if (left := _carried(model, after)) is not None:
