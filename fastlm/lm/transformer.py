@@ -72,6 +72,10 @@ class TransformerConfig:
             raise UsageError(f"context must be at least 2, got {self.context}")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0.0 < self.rope_base < math.inf:
+            raise UsageError(f"rope_base must be finite and above 0, got {self.rope_base}")
+        if self.end is not None and self.end < 0:
+            raise UsageError(f"end must not be negative, got {self.end}")
         if not 0.0 <= self.z_loss < math.inf:
             raise UsageError(f"z_loss must be finite and not negative, got {self.z_loss}")
         if self.hidden_size % (2 * self.num_heads):
