@@ -133,6 +133,40 @@ def test_changed_configuration_is_refused_with_the_difference(
     assert other.fit().steps == 20
 
 
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        (PlainGRULM, {"batch": 2}),
+        (PlainGRULM, {"seq": 40}),
+        (PlainGRULM, {"seed": 5}),
+        (TransformerLM, {"batch": 64}),
+    ],
+)
+def test_other_rows_than_the_checkpoints_begin_an_epoch(
+    prepared: preparation.Prepared, tmp_path: Path, kind: Any, change: dict[str, Any]
+) -> None:
+    """Neither the cursor nor the carried state mean anything there."""
+    settings = replace(SMALL, batch=32, seq=20, budget="40steps", evals=1)
+    part = make(prepared, settings, kind=kind, stop_at=30, out=tmp_path)
+    part.fit()
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None and saved.state["cursor"] == {"epoch": 0, "step": 30}
+    rest = make(prepared, replace(settings, **change), kind=kind, out=tmp_path)
+    rest.resume(saved, allow=tuple(change))
+    seen: list[torch.Tensor] = []
+    lanes, real = rest.lanes, rest.lanes.next
+
+    def read() -> Any:
+        seen.append(real()[0])
+        return lanes.at(lanes.epoch, lanes.step - 1)
+
+    rest.lanes.next = read  # type: ignore[method-assign]
+    assert rest.fit().steps == 40
+    places = divmod(9, lanes.steps_per_epoch)
+    assert lanes.state() == {"epoch": 1 + places[0], "step": 1 + places[1]}
+    assert torch.equal(seen[0], lanes.at(1, 0)[0])
+
+
 def test_a_finished_run_that_goes_on_changes_nothing(
     prepared: preparation.Prepared, tmp_path: Path
 ) -> None:

@@ -48,6 +48,15 @@ def require_same(saved: checkpoint.Checkpoint, now: dict[str, Any], allow: tuple
     checkpoint.require_same(saved, now, allow)
 
 
+def _same_rows(saved: checkpoint.Checkpoint, now: dict[str, Any]) -> bool:
+    """Whether a cursor stands for the rows that it stood for, and a state for theirs."""
+    before = saved.state["config"]
+    names = ("batch", "seq", "seed")
+    return before["data"] == now["data"] and all(
+        before["train"][name] == now["train"][name] for name in names
+    )
+
+
 def _machine(run: Trainer) -> dict[str, Any]:
     threads = torch.get_num_threads()
     return {"torch": torch.__version__, "threads": threads, **run.ranks.described()}
@@ -78,8 +87,13 @@ def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) 
     """As `Trainer.resume`."""
     require_same(saved, run.described(), allow)
     tensors = checkpoint.load_training(saved, run.model, run.optimizer)
-    hidden = run.ranks.own(tensors.get("hidden"))
-    run.hidden = None if hidden is None else hidden.to(run.device)
+    cursor = saved.state["cursor"]
+    if _same_rows(saved, run.described()):
+        hidden = run.ranks.own(tensors.get("hidden"))
+        run.hidden = None if hidden is None else hidden.to(run.device)
+    elif cursor["step"]:
+        cursor = {"epoch": cursor["epoch"] + 1, "step": 0}
+        run.reporter.line("note: other rows than in the checkpoint; the next epoch begins")
     best = {
         name.removeprefix("best."): value
         for name, value in tensors.items()
@@ -89,7 +103,7 @@ def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) 
     run.counters = Counters(**saved.state["counters"])
     if run.ranks.chief:
         checkpoint.set_aside(run.out, saved)
-    run.lanes.restore(saved.state["cursor"])
+    run.lanes.restore(cursor)
     run.scores = [Score(**score) for score in saved.state["scores"]]
     run.train_curve = list(saved.state.get("train_curve", ()))
     if not run.ranks.restore_random_state(tensors, saved.state["random"]):
