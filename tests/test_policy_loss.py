@@ -389,6 +389,9 @@ def test_leave_one_out_advantages():
     torch.testing.assert_close(got, torch.tensor([-3.0, -1.5, 4.5, 5.0]))
     pairs = fastlm.leave_one_out_advantages(rewards, group_size=2)
     torch.testing.assert_close(pairs, torch.tensor([-1.0, 1.0, 1.0, -1.0]))
+    for size in (2, 3, 7):  # seven times 0.1 less 0.1 is not six times 0.1
+        equal = torch.full((2 * size,), 0.1, dtype=torch.float64)
+        assert not fastlm.leave_one_out_advantages(equal, group_size=size).any()
 
 
 @pytest.mark.parametrize("function", [fastlm.group_advantages, fastlm.leave_one_out_advantages])

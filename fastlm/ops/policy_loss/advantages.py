@@ -44,6 +44,17 @@ def _sums(values: Tensor, groups: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add_(0, groups, values)[groups]
 
 
+def _centered(exact: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] less the mean of its group, exactly 0 where all of one are equal; the sizes of groups."""
+    count = _sums(torch.ones_like(exact), groups)
+    extremes = [
+        torch.zeros_like(exact).scatter_reduce_(0, groups, exact, how, include_self=False)[groups]
+        for how in ("amin", "amax")
+    ]
+    centered = exact - _sums(exact, groups) / count
+    return torch.where(extremes[0] == extremes[1], 0.0, centered), count
+
+
 @torch.no_grad()
 def group_advantages(
     rewards: Tensor,
@@ -71,14 +82,7 @@ def group_advantages(
     """
     _check_rewards("group_advantages", rewards)
     groups = _groups("group_advantages", rewards, group_size, group_ids)
-    exact = rewards.double()
-    count = _sums(torch.ones_like(exact), groups)
-    centered = exact - _sums(exact, groups) / count
-    extremes = [
-        torch.zeros_like(exact).scatter_reduce_(0, groups, exact, how, include_self=False)[groups]
-        for how in ("amin", "amax")
-    ]
-    centered = torch.where(extremes[0] == extremes[1], 0.0, centered)
+    centered, count = _centered(rewards.double(), groups)
     if normalize:
         variance = _sums(centered.square(), groups) / (count - 1).clamp(min=1)
         centered = centered / (variance.sqrt() + 1e-6)
@@ -97,7 +101,8 @@ def leave_one_out_advantages(
         group_ids: [N], any integers, equal within a group.
 
     Returns:
-        [N], dtype of `rewards`. A group of one has no other: its baseline is 0.
+        [N], dtype of `rewards`; exactly 0 in a group of equal rewards. A group of one has no other:
+        its baseline is 0.
 
     Raises:
         ValueError: a NaN reward (on the CPU, named), or groups that do not fit. TypeError: dtypes.
@@ -107,9 +112,10 @@ def leave_one_out_advantages(
     _check_rewards("leave_one_out_advantages", rewards)
     groups = _groups("leave_one_out_advantages", rewards, group_size, group_ids)
     exact = rewards.double()
-    others = _sums(torch.ones_like(exact), groups) - 1
-    baseline = (_sums(exact, groups) - exact) / others.clamp(min=1)
-    return (exact - torch.where(others > 0, baseline, 0.0)).to(rewards.dtype)
+    centered, count = _centered(exact, groups)
+    # r less the mean of the other n - 1 is n / (n - 1) times r less the mean of all
+    apart = centered * count / (count - 1).clamp(min=1)
+    return torch.where(count > 1, apart, exact).to(rewards.dtype)
 
 
 @torch.no_grad()
