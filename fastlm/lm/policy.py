@@ -82,8 +82,10 @@ class PolicyConfig:
             )
         if self.updates > 1 and self.algorithm in ("reinforce", "rloo"):
             raise UsageError(f"{self.algorithm} is on-policy: updates must be 1")
-        if not (self.lr > 0 and self.temperature > 0 and self.kl_coef >= 0):
-            raise UsageError("lr and temperature must be above 0, kl_coef not below")
+        if not (self.lr > 0 and self.temperature > 0 and self.clip > 0):
+            raise UsageError("lr, temperature and clip must be above 0")
+        if not (self.kl_coef >= 0 and self.clip_eps >= 0):
+            raise UsageError("kl_coef and clip_eps must not be below 0")
 
 
 @dataclass
