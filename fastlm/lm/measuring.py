@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,8 +70,7 @@ def total(scores: dict[str, Score]) -> Score:
     tokens = sum(s.tokens for s in scores.values())
     size = sum(s.bytes for s in scores.values())
     nats = sum(s.nats_per_token * s.tokens for s in scores.values())
-    bits = sum(s.bits_per_byte * s.bytes for s in scores.values())
-    return Score(nats / tokens, bits / max(1, size), tokens, size)
+    return Score(nats / tokens, nats / math.log(2) / max(1, size), tokens, size)
 
 
 def quality(
