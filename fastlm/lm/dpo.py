@@ -99,7 +99,8 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 of all parameters."""
     hasher = hashlib.sha256()
     for name, value in model.state_dict().items():
-        hasher.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        flat = value.detach().cpu().flatten().view(torch.uint8)  # numpy has no bfloat16
+        hasher.update(name.encode() + flat.numpy().tobytes())
     return hasher.hexdigest()
 
 

@@ -31,7 +31,6 @@ BETAS = {"dpo": 0.1, "ipo": 0.1, "hinge": 0.1, "cpo": 0.1, "simpo": 2.0, "orpo":
 OF_REFERENCE = {"dpo": "sigmoid", "ipo": "ipo", "hinge": "hinge"}
 AVERAGED = ("ipo", "simpo", "orpo")
 ENDS = ("auto", "yes", "no")
-ROWS = 32  # preferences scored at once
 
 
 @dataclass(frozen=True)
