@@ -57,8 +57,8 @@ def define(
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.clone() for grad in grads)
+    def forward(ctx: Any, sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone() for grad in tensors[sources:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -67,22 +67,41 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
+class _Unpacked:
+    """The context of a backward with its saved tensors, which a checkpoint hands out once."""
+
+    def __init__(self, ctx: Any, saved: tuple[Tensor | None, ...]) -> None:
+        self.__dict__.update(ctx=ctx, saved_tensors=saved)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of an autograd.Function: a second derivative raises, it is never missing.
 
     torch's own decorator raises only when the upstream gradient requires grad; after
-    `out.sum()` it does not, and the second derivative would be silently zero.
+    `out.sum()` it does not, and the second derivative would be silently zero. The gradients here
+    are functions of what was saved too: autograd runs no node that does not lead to the tensors
+    it is asked about.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> Any:
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return grads
+            with torch.no_grad():
+                return backward(ctx, *upstream)
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = backward(_Unpacked(ctx, saved), *upstream)
         grads = grads if isinstance(grads, tuple) else (grads,)
-        anchor = torch.zeros((), requires_grad=True)
-        marked = iter(_NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None)))
+        sources = [t for t in (*saved, *upstream) if t is not None and t.requires_grad]
+        sources = sources or [torch.zeros((), requires_grad=True)]
+        given = (g for g in grads if g is not None)
+        marked = iter(_NoSecondDerivative.apply(len(sources), *sources, *given))
         return tuple(None if g is None else next(marked) for g in grads)
 
     return wrapper
