@@ -91,12 +91,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             with torch.no_grad():
                 return backward(ctx, *upstream)
         saved = ctx.saved_tensors
         with torch.no_grad():
             grads = backward(_Unpacked(ctx, saved), *upstream)
+        if not torch.is_grad_enabled():
+            return grads
         grads = grads if isinstance(grads, tuple) else (grads,)
         sources = [t for t in (*saved, *upstream) if t is not None and t.requires_grad]
         sources = sources or [torch.zeros((), requires_grad=True)]

@@ -492,3 +492,20 @@ def test_function_transforms() -> None:
     plain = torch.func.jvp(lambda p: loss(theirs, p, x), (parameters,), (tangent,))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("outer", ["jacrev", "jacfwd"])
+@pytest.mark.parametrize("inner", ["jacrev", "jacfwd"])
+def test_transforms_of_transforms(outer: str, inner: str) -> None:
+    """A second derivative by either mode of either mode; none is missing."""
+    module, theirs = fastlm.nn.GRU(3, 2).double(), nn.GRU(3, 2).double()
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(3, 1, 3).double()
+
+    def twice(m: nn.Module) -> Tensor:
+        first = getattr(torch.func, inner)(lambda x: m(x)[0].square().sum())
+        return getattr(torch.func, outer)(first)(x)
+
+    with fastlm.use_backend("reference"):
+        got = twice(module)
+    torch.testing.assert_close(got, twice(theirs))

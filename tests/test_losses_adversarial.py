@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import checks
@@ -449,6 +450,18 @@ def test_backward_again_with_another_upstream(name, backend, dtype):
         assert x.equal(y)
         # a loss whose gradient was taken in the forward scales it there, and rounds once more
         torch.testing.assert_close(x, z, rtol=eps, atol=eps * float(z.abs().max()))
+
+
+@pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
+def test_under_a_checkpoint(name):
+    """It hands out each saved tensor once."""
+    args = make(name)
+    plain, inside = leaves(args), leaves(args)
+    outputs = tensors(case(name).ours(*plain))
+    again = tensors(checkpoint(case(name).ours, *inside, use_reentrant=False))
+    upstream = [torch.randn_like(o) for o in outputs]
+    want, got = gradients(outputs, plain, upstream), gradients(again, inside, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name, backend", PAIRS)

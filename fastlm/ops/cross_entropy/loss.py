@@ -177,13 +177,16 @@ def compare_with(
         )
     kept = target.reshape(-1) != loss.ignore_index
     count = total = kept.sum().to(dtype) if mean else 1.0
-    on_target: Tensor | float = 1.0
+    on_target: Any = 1.0
     if weight is not None:
         if target_weight is None:
             # clamped: the row op reports an index out of range, with its position
             target_weight = weight[target.reshape(-1).clamp(0, weight.shape[0] - 1)]
         on_target = torch.where(kept, target_weight, 0.0)
-        total = on_target.sum() if mean else 1.0
+        if mean:
+            total = on_target.sum()
+            if smoothing > 0:  # as in torch: NaN, not what is spread over the classes over 0
+                total = total.masked_fill(total == 0, torch.nan)
     return Rows(
         target=target,
         class_weight=weight if smoothing > 0 else None,

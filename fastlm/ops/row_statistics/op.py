@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
-from . import reference
+from ...second_order import tangents, transformed
+from . import differentiable, reference
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
@@ -333,63 +334,72 @@ def upstream_of(douts: Sequence[Tensor | None], has_target: bool, wanted: Wanted
     return Upstream(*(d if use else None for d, use in zip(douts, used, strict=False)))
 
 
-def class_weight_gradient(
-    on_weighted_sum: Tensor,
-    logits: Tensor,
-    target: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """[N, V], of weights that differ from row to row."""
-    z, _ = reference.scores(logits, scale, softcap)
-    log_p = (z - row_max[:, None]) - log_sum[:, None]
-    dweight = on_weighted_sum[:, None] * log_p
-    if target is None:
-        return dweight
-    return dweight.masked_fill((target.reshape(-1) == ignore_index)[:, None], 0.0)
+def kept_from_the_caller(wanted: Wanted, entropy: Tensor, sum_sq: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of what the backward needs and the caller has, who may write to it."""
+    return (
+        entropy.clone() if wanted.entropy else entropy,
+        sum_sq.clone() if wanted.sum_sq else sum_sq,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, entropy, sum_sq, _, argmax, row_max, log_sum, mass = output
+    ctx.options, ctx.wanted = inputs[3:6], Wanted(*inputs[6:10])
+    moments = kept_from_the_caller(ctx.wanted, entropy, sum_sq)
+    saved = (*inputs[:3], row_max, log_sum, *moments, mass)
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.mark_non_differentiable(argmax, row_max, log_sum, mass)
+    ctx.set_materialize_grads(False)
+
+
+def _plain(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
+    rest: Any = (*ctx.options, ctx.wanted)
+    return lambda *inputs: differentiable.statistics(*inputs, *rest)
 
 
 class _RowStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor | None,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        *wanted: Any,
-    ) -> tuple[Tensor, ...]:
-        out = _forward(logits, target, class_weight, ignore_index, scale, softcap, *wanted)
-        logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
-        ctx.save_for_backward(logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass)
-        ctx.options, ctx.wanted = (ignore_index, scale, softcap), Wanted(*wanted[:4])
-        ctx.mark_non_differentiable(argmax, mass)
-        ctx.set_materialize_grads(False)
-        return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        out = _forward(*args)
+        _save(ctx, args, out)
+        return out
 
     @staticmethod
-    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
-        upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
+        *inputs, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
+        upstream = upstream_of(douts[:5], inputs[1] is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 11
-        dlogits = dweight = None
-        if ctx.needs_input_grad[0]:
-            saved = (logits, target, class_weight, row_max, log_sum)
-            dlogits = _backward(
-                *saved, *coefficients(upstream, entropy, sum_sq, mass), *ctx.options
-            )
-        if ctx.needs_input_grad[2] and upstream.weighted_sum is not None:
-            dweight = class_weight_gradient(
-                upstream.weighted_sum, logits, target, row_max, log_sum, *ctx.options
-            )
-        return dlogits, None, dweight, *(None,) * 8
+        options, needs = ctx.options, ctx.needs_input_grad[:3]
+
+        def kernels(upstream: Sequence[Tensor | None], *saved: Any) -> list[Tensor | None]:
+            here, dlogits, dweight = Upstream(*upstream), None, None
+            if needs[0]:
+                dlogits = _backward(*saved[:5], *coefficients(here, *saved[5:]), *options)
+            if needs[2] and here.weighted_sum is not None:
+                dweight = differentiable.class_weight_gradient(
+                    here.weighted_sum, saved[0], saved[1], *saved[3:5], *options
+                )
+            return [dlogits, None, dweight]
+
+        saved = (row_max, log_sum, entropy, sum_sq, mass)
+        rest = (upstream, inputs, saved, needs)
+        return *differentiable.first_derivative(kernels, _plain(ctx), *rest), *(None,) * 8
+
+
+class _Transformed(_RowStatistics):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _forward(*args)
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        return *tangents(_plain(ctx), ctx.saved_tensors[:3], given[:3]), *(None,) * 4
 
 
 class Statistics(NamedTuple):
@@ -417,7 +427,7 @@ def row_statistics(
 ) -> Statistics:
     """Statistics of logits [N, V]; target int64 with N elements in any shape, class_weight in the
     result's dtype, [V] or (differentiable) [N, V]. Arguments have been checked."""
+    function = _Transformed if transformed() else _RowStatistics
     options = (ignore_index, scale, softcap)
-    return Statistics(
-        *_RowStatistics.apply(logits, target, class_weight, *options, *wanted, caller)
-    )
+    out: Any = function.apply(logits, target, class_weight, *options, *wanted, caller)
+    return Statistics(*(out[i] for i in (0, 1, 2, 3, 4, 5, 8)))
