@@ -600,7 +600,7 @@ def test_without_gradient(name, backend):
     assert all(a.isfinite().all() for a in got)
 
 
-@pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
+@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_kl_div"])
 @pytest.mark.parametrize("upstream", ["constant", "variable"])
 def test_second_derivative_is_refused(name, upstream):
     args = leaves(make(name))

@@ -163,6 +163,9 @@ def policy_loss(
         gspo                             the same, r = exp(mean of the sequence's log-ratios)
         cispo                            -clip(r) * A * logprob, no gradient through clip(r)
 
+    The gradient of gspo reaches each token by its own A and `is_ratio` (GSPO-token); where these
+    are equal within a sequence it is that of GSPO.
+
     The types in one line differ in the aggregation of their papers, which `loss_agg_mode=None`
     chooses; the default is "token-mean" for all, as in verl:
 
