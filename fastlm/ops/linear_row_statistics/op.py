@@ -255,18 +255,19 @@ def released(
     return tuple(None if g is None else g.to(dtype) for g in scaled(gradients, dloss))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor | None, ...]:
+    """What the backward is given."""
     into, *args = inputs
     _, _, entropy, sum_sq, _, argmax, row_max, log_sum, mass = output
     ctx.options, ctx.wanted, ctx.max_bytes = args[5:8], Wanted(*args[8:12]), args[12]
     moments = rows_op.kept_from_the_caller(ctx.wanted, entropy, sum_sq)
     saved = (*args[:5], row_max, log_sum, *moments, mass)
     ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
     # not saved: another backward may write to it before this one does
     ctx.into = into
     ctx.mark_non_differentiable(argmax, row_max, log_sum, mass)
     ctx.set_materialize_grads(False)
+    return saved
 
 
 def plain(options: Any, wanted: Wanted, *inputs: Any) -> tuple[Tensor, ...]:
@@ -320,7 +321,10 @@ class _Transformed(_LinearRowStatistics):
     def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         return _forward(*args[1:])
 
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # vmap keeps one list of what is saved for either
+        ctx.save_for_forward(*_save(ctx, inputs, output))
 
     @staticmethod
     def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:

@@ -342,15 +342,16 @@ def kept_from_the_caller(wanted: Wanted, entropy: Tensor, sum_sq: Tensor) -> tup
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor | None, ...]:
+    """What the backward is given."""
     _, _, entropy, sum_sq, _, argmax, row_max, log_sum, mass = output
     ctx.options, ctx.wanted = inputs[3:6], Wanted(*inputs[6:10])
     moments = kept_from_the_caller(ctx.wanted, entropy, sum_sq)
     saved = (*inputs[:3], row_max, log_sum, *moments, mass)
     ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
     ctx.mark_non_differentiable(argmax, row_max, log_sum, mass)
     ctx.set_materialize_grads(False)
+    return saved
 
 
 def _plain(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
@@ -395,7 +396,10 @@ class _Transformed(_RowStatistics):
     def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         return _forward(*args)
 
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # vmap keeps one list of what is saved for either
+        ctx.save_for_forward(*_save(ctx, inputs, output))
 
     @staticmethod
     def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
