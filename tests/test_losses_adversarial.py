@@ -453,6 +453,21 @@ def test_backward_again_with_another_upstream(name, backend, dtype):
 
 
 @pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
+def test_batch_of_upstream_gradients(name):
+    """The first backward too, whose gradients have been there since the forward."""
+    args = make(name)
+    batched, one = leaves(args), leaves(args)
+    outputs = tensors(case(name).ours(*batched))
+    upstream = [torch.randn(3, *o.shape) for o in outputs]
+    got = gradients(outputs, batched, upstream, is_grads_batched=True)
+    outputs = tensors(case(name).ours(*one))
+    for i in range(3):
+        want = gradients(outputs, one, [u[i] for u in upstream], retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
 def test_under_a_checkpoint(name):
     """It hands out each saved tensor once."""
     args = make(name)

@@ -240,6 +240,9 @@ def gradients_of(
 
 def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, which are ours alone, times dloss."""
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(dloss) or functorch.is_functorch_wrapped_tensor(dloss):
+        return tuple(None if g is None else g * dloss for g in gradients)
     # reading dloss on a GPU would wait for it
     if dloss.device.type != "cpu" or float(dloss) != 1.0:
         for gradient in gradients:
