@@ -348,7 +348,7 @@ def linear_row_statistics(
     class_weight is a constant. The gradient of the weight is added to `into`, if given."""
     function = _Transformed if transformed() else _LinearRowStatistics
     out: Any = function.apply(into, *layer, *compared, *wanted, max_bytes, caller)
-    return Statistics(*(out[i] for i in (0, 1, 2, 3, 4, 5, 8)))
+    return Statistics._make((*out[:6], out[8]))
 
 
 def checked_layer(

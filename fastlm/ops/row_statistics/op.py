@@ -434,4 +434,4 @@ def row_statistics(
     function = _Transformed if transformed() else _RowStatistics
     options = (ignore_index, scale, softcap)
     out: Any = function.apply(logits, target, class_weight, *options, *wanted, caller)
-    return Statistics(*(out[i] for i in (0, 1, 2, 3, 4, 5, 8)))
+    return Statistics._make((*out[:6], out[8]))
