@@ -241,6 +241,7 @@ def gradients_of(
 def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, which are ours alone, times dloss."""
     functorch = torch._C._functorch
+    # a batch of upstream gradients, which cannot be looked at
     if functorch.is_legacy_batchedtensor(dloss) or functorch.is_functorch_wrapped_tensor(dloss):
         return tuple(None if g is None else g * dloss for g in gradients)
     # reading dloss on a GPU would wait for it

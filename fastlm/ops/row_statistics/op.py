@@ -15,7 +15,8 @@ them with respect to z has the form
 
 with five numbers per row, so one backward kernel serves all: one read of the logits, one write of
 dlogits. Saved: the logits, max and log sum exp(z - max) of each row (two numbers, because lse alone
-loses log p to rounding when |z| is large), never probabilities.
+loses log p to rounding when |z| is large), never probabilities. Further derivatives and forward
+mode: `differentiable.py`.
 
 A row whose target is `ignore_index` is not read: statistics 0, argmax -1, gradient 0. A target out
 of range raises IndexError on the CPU; elsewhere its log-prob is NaN, and the row's gradient through
