@@ -49,7 +49,7 @@ def _gru_weights(inputs: int, hidden: int) -> list[torch.Tensor]:
 
 
 def _embedding_gru() -> tuple[Any, ...]:
-    return torch.randint(33, (2, 3)), torch.randn(33, 16), *_gru_weights(16, 16)
+    return torch.randint(33, (2, 8)), torch.randn(33, 16), *_gru_weights(16, 16)
 
 
 def _gru() -> tuple[Any, ...]:
