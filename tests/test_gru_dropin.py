@@ -372,6 +372,10 @@ def test_short_sequences_go_to_torch() -> None:
         return fastlm.explain("gru", x, None, [p.to(dtype) for p in w], **options)[0].chosen
 
     cpu = fastlm.dispatch.ready("gru")[0]
+    with pytest.raises(ValueError, match="flat_weights must be 4 tensors, got 0"):
+        fastlm.gru(torch.randn(3, 2, 4), None, [])
+    with pytest.raises(ValueError, match=r"fastlm.gru: b_hh must be \[18\], got \[1\]"):
+        fastlm.gru(torch.randn(3, 2, 4), None, [*w[:3], torch.zeros(1)])
     if cpu == "cpu":
         assert chosen(3) == "torch" and chosen(4) == "cpu"
         assert chosen(4, batch=1) == "torch" and chosen(5, batch=1) == "cpu"

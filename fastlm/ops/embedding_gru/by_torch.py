@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from ... import dispatch, extension
 from .arguments import Cell
@@ -94,23 +93,38 @@ def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 class Form(NamedTuple):
     """Of a stack of layers."""
 
-    layers: int
+    num_layers: int
     bias: bool
     bidirectional: bool
     batch_first: bool
 
     def fits(
-        self, weights: Sequence[Tensor], hx: Tensor | None, batch: tuple[int, ...], input: Tensor
-    ) -> bool:
-        """Whether these are its weights and states for an `input` [..., C]."""
-        ways, size = 2 if self.bidirectional else 1, 4 if self.bias else 2
-        if len(weights) != self.layers * ways * size:
+        self, weights: Sequence[Tensor], hx: Tensor | None, batch: tuple[int, ...], input: Tensor,
+        module: bool = False,
+    ) -> bool:  # fmt: skip
+        """Whether these are its weights and states for an `input` [..., C]; those of a module fit
+        each other."""
+        ways, dtype, device = 2 if self.bidirectional else 1, input.dtype, input.device
+        if not module and not self._fit(weights, ways):
+            return False
+        w_ih, w_hh = weights[:2]
+        if w_ih.shape[-1] != input.shape[-1] or w_ih.dtype is not dtype or w_ih.device != device:
+            return False
+        if hx is None:
+            return True
+        shape = (self.num_layers * ways, *batch, w_hh.shape[-1])
+        return hx.shape == shape and hx.dtype is dtype and hx.device == device
+
+    def _fit(self, weights: Sequence[Tensor], ways: int) -> bool:
+        size = 4 if self.bias else 2
+        if len(weights) != self.num_layers * ways * size:
             return False
         if not all(isinstance(weight, Tensor) for weight in weights) or weights[1].numel() == 0:
             return False
-        hidden, features = weights[1].shape[-1], input.shape[-1]
-        width, dtype, device = 3 * hidden, input.dtype, input.device
-        shapes = [(width, features), (width, hidden), (width,), (width,)]
+        w_ih, w_hh = weights[:2]
+        hidden, dtype, device = w_hh.shape[-1], w_ih.dtype, w_ih.device
+        width = 3 * hidden
+        shapes = [(width, w_ih.shape[-1]), (width, hidden), (width,), (width,)]
         for number, weight in enumerate(weights):
             if number == ways * size:
                 shapes[0] = (width, ways * hidden)
@@ -118,19 +132,16 @@ class Form(NamedTuple):
                 return False
             if weight.device != device:
                 return False
-        if hx is None:
-            return True
-        shape = (self.layers * ways, *batch, hidden)
-        return hx.shape == shape and hx.dtype is dtype and hx.device == device
+        return True
 
 
 def of_few_steps(
-    input: Any, hx: Tensor | None, weights: Sequence[Tensor], form: Form, dropout: float,
-    training: bool,
+    input: Any, hx: Tensor | None, weights: Sequence[Tensor], form: Form, dropout: float = 0.0,
+    training: bool = False, *, module: bool = False, fits: bool = False,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """What `gru` gives to a float32 call without options, where PyTorch's kernel takes it because
     it has few steps: `gru` comes to the same, and what it checks takes longer than such a call.
-    None for any other call, and where something is wrong."""
+    None for any other call, and where something is wrong, which with `fits` has been looked at."""
     if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
         return None
     first, second = input.shape[:2]
@@ -139,16 +150,16 @@ def of_few_steps(
         return None
     if not dispatch.undisturbed() or torch.is_autocast_enabled("cpu"):
         return None
-    if input.device.type != "cpu" or not form.fits(weights, hx, (batch,), input):
+    if input.device.type != "cpu" or not (fits or form.fits(weights, hx, (batch,), input, module)):
         return None
     w_hh = weights[1]
     hidden = w_hh.shape[1]
     if steps >= least_steps(batch, hidden, _differentiable(input, w_hh)):
         return None
     if hx is None:
-        hx = input.new_zeros(form.layers * (2 if form.bidirectional else 1), batch, hidden)
+        hx = input.new_zeros(form.num_layers * (2 if form.bidirectional else 1), batch, hidden)
     return torch.gru(
-        input, hx, list(weights), form.bias, form.layers, dropout, training, form.bidirectional,
+        input, hx, list(weights), form.bias, form.num_layers, dropout, training, form.bidirectional,
         form.batch_first,
     )  # fmt: skip
 
@@ -175,7 +186,7 @@ def _embeds_first(tokens: Tensor, weight: Tensor, w_ih: Tensor, w_hh: Tensor, fo
 
 def embedded(
     tokens: Tensor, weight: Tensor, h0: Tensor | None, weights: Sequence[Tensor], form: Form,
-    padding_idx: int | None,
+    padding_idx: int | None, *, module: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """The embedded sequence, where a call without options is faster in two, embedding and `gru`:
     what is distinct in few tokens takes longer to find than it saves, and PyTorch's GRU takes its
@@ -188,13 +199,14 @@ def embedded(
     if tokens.dim() not in (1, 2) or tokens.device != weight.device:
         return None
     batch = () if tokens.dim() == 1 else tokens.shape[:1] if form.batch_first else tokens.shape[1:]
-    if not form.fits(weights, h0, tuple(batch), weight):
+    if not form.fits(weights, h0, tuple(batch), weight, module):
         return None
     if not _embeds_first(tokens, weight, weights[0], weights[1], form):
         return None
-    if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
+    size = weight.shape[0]
+    if padding_idx is not None and not -size <= padding_idx < size:
         return None
     try:
-        return embedding(tokens, weight, padding_idx)
+        return torch.embedding(weight, tokens, -1 if padding_idx is None else padding_idx % size)
     except IndexError:  # whoever is asked next says where
         return None

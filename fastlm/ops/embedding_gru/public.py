@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import checks
 from . import sequences
 from .arguments import Cell, check_options, check_state, check_weights, is_single
-from .by_torch import Form, embedded
+from .by_torch import Form, embedded, of_few_steps
 from .embedding import EmbeddingOptions, How, over_embedding
 from .stack import gru
 from .token_plan import TokenPlan
@@ -128,7 +128,8 @@ def _in_two(
     rows = embedded(tokens, weight, hx, weights, form, padding_idx)
     if rows is None:
         return None
-    output, h_n = gru(rows, hx, weights, bias=form.bias, batch_first=batch_first)
+    found = of_few_steps(rows, hx, weights, form, fits=True)
+    output, h_n = found or gru(rows, hx, weights, **form._asdict())
     assert isinstance(output, Tensor)  # as the input is
     return output, h_n[0]
 
