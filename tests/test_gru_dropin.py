@@ -334,6 +334,25 @@ def test_exports_with_dynamic_shapes() -> None:
     assert "fastlm.gru.default" in ops
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+@pytest.mark.parametrize("steps", (2, 6))
+def test_traces(steps: int) -> None:
+    """A trace holds PyTorch's own GRU, takes other sizes, and is saved."""
+    dense = fastlm.nn.GRU(4, 6, num_layers=2, bidirectional=True)
+    embedded = fastlm.nn.EmbeddingGRU(9, 4, 6, batch_first=False)
+    for module, make in (
+        (dense, lambda t, b: torch.randn(t, b, 4)),
+        (embedded, lambda t, b: torch.randint(9, (t, b))),
+    ):
+        traced, buffer = torch.jit.trace(module, (make(steps, 2),)), io.BytesIO()
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        x = make(9, 5)
+        for run in (traced, torch.jit.load(buffer)):
+            for a, b in zip(run(x), module(x), strict=True):
+                torch.testing.assert_close(a, b)
+
+
 def test_runs_in_a_forked_process() -> None:
     """After the parent has used its threads, a child can still run both passes."""
     module = fastlm.nn.GRU(64, 256)

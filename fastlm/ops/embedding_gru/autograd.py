@@ -137,6 +137,17 @@ def _plain(
     return layer.plain(*tensors, *how, precision)
 
 
+def _needs_plain(differentiable: bool) -> bool:
+    """Whether forward mode meets another derivative: torch.func.hessian, jvp of jvp, of grad or of
+    vmap, a backward over dual numbers. There torch loses what a Function with a jvp of its own has
+    kept, some of it without a word."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if not stack:
+        return differentiable and forward_ad._current_level >= 0
+    jvp = torch._C._functorch.TransformType.Jvp
+    return len(stack) > 1 and any(level.key() == jvp for level in stack)
+
+
 def apply(
     layer: _Layer, tensors: Sequence[Tensor | None], how: tuple[Any, ...], save: str, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -146,6 +157,8 @@ def apply(
     keep = save == "gates" and differentiable
     if torch.compiler.is_compiling():
         output, h_n, _ = _Apply.apply(layer, how, keep, precision, *tensors)
+    elif _needs_plain(differentiable):
+        output, h_n = _plain(layer, how, precision, *tensors)
     elif torch._C._are_functorch_transforms_active():
         output, h_n, _ = _ApplyWithTangents.apply(layer, how, keep, precision, *tensors)
     elif differentiable or forward_ad._current_level >= 0:

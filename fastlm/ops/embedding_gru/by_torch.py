@@ -40,12 +40,19 @@ def _large_in_bfloat16(batch: int, hidden: int, steps: int, differentiable: bool
     return batch >= 64 and hidden >= 128 and large and extension.cpu_isa() == "avx512_bf16"
 
 
+def _may_run() -> bool:
+    """A compiled graph must not depend on sizes; PyTorch's GRU has no rule for torch.func.vmap."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def torch_is_faster(
     input: Tensor, cell: Cell, batch: int, steps: int, precision: str
 ) -> str | None:
     """Why PyTorch's own GRU takes a dense call, or None."""
-    if torch.compiler.is_compiling():
+    if not _may_run():
         return None
+    if torch.jit.is_tracing():
+        return "a trace holds none of our Functions"
     w_hh, device = cell[1], input.device.type
     differentiable = _differentiable(input, w_hh)
     if device == "cpu" and w_hh.dtype == torch.float32 and steps < MOST_LEAST_STEPS:
@@ -72,8 +79,10 @@ def _no_kernel(w_ih: Tensor, w_hh: Tensor) -> bool:
 
 def torch_packs_faster(data: Tensor, cell: Cell) -> str | None:
     """As `torch_is_faster`, for a PackedSequence. LOG: "gru: a PackedSequence"."""
-    if torch.compiler.is_compiling():
+    if not _may_run():
         return None
+    if torch.jit.is_tracing():
+        return "a trace holds none of our Functions"
     if data.device.type != "cpu":
         return "no kernel there takes sequences of different lengths"
     if cell[1].dtype == torch.float64:
@@ -142,7 +151,7 @@ def of_few_steps(
     """What `gru` gives to a float32 call without options, where PyTorch's kernel takes it because
     it has few steps: `gru` comes to the same, and what it checks takes longer than such a call.
     None for any other call, and where something is wrong, which with `fits` has been looked at."""
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
+    if not _may_run() or not isinstance(input, Tensor) or input.dim() != 3:
         return None
     first, second = input.shape[:2]
     batch, steps = (first, second) if form.batch_first else (second, first)
@@ -172,6 +181,8 @@ def _embeds_first(tokens: Tensor, weight: Tensor, w_ih: Tensor, w_hh: Tensor, fo
     forced = dispatch.forced()
     if forced is not None:
         return forced == "torch"
+    if torch.jit.is_tracing():
+        return True
     if weight.device.type == "cpu" and weight.dtype is not torch.float64:
         if weight.dtype is not torch.float32:
             return False  # PyTorch sums the gradient of a row in 16 bits
@@ -192,7 +203,7 @@ def embedded(
     what is distinct in few tokens takes longer to find than it saves, and PyTorch's GRU takes its
     input embedded. None for any other call, and where something is wrong. LOG: "embedding_gru: few
     tokens". h0: [layers and directions, B, H]."""
-    if torch.compiler.is_compiling() or not isinstance(tokens, Tensor) or weight.dim() != 2:
+    if not _may_run() or not isinstance(tokens, Tensor) or weight.dim() != 2:
         return None
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.numel() == 0:
         return None
