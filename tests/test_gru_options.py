@@ -539,3 +539,8 @@ def test_vmap_where_torch_would_take_the_call(steps: int, dtype: torch.dtype) ->
     for module, given in ((dense, x), (embedded, tokens)):
         got = func.vmap(lambda x, module=module: module(x)[0])(given)
         torch.testing.assert_close(got, torch.stack([module(one)[0] for one in given]))
+    results = [
+        torch.autograd.functional.jacobian(lambda x: dense(x)[0], x[0], **how)
+        for how in ({}, {"vectorize": True, "strategy": "forward-mode"})
+    ]
+    torch.testing.assert_close(*results)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ... import dispatch, extension
 from .arguments import Cell
@@ -41,8 +42,10 @@ def _large_in_bfloat16(batch: int, hidden: int, steps: int, differentiable: bool
 
 
 def _may_run() -> bool:
-    """A compiled graph must not depend on sizes; PyTorch's GRU has no rule for torch.func.vmap."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    """A compiled graph must not depend on sizes; PyTorch's GRU has no rule for vmap, whether it is
+    of torch.func or of tangents."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not (transformed or torch.compiler.is_compiling())
 
 
 def torch_is_faster(
