@@ -374,6 +374,19 @@ def test_opcheck_and_compile_with_every_argument():
         torch.testing.assert_close(a, b)
 
 
+def test_number_of_packed_sequences_stays_dynamic():
+    """mark_dynamic raises where the trace makes a constant of a size."""
+    torch._dynamo.reset()
+    x, starts = torch.randn(9, 2, 8), torch.tensor([0, 2, 5, 9], dtype=torch.int32)
+    torch._dynamo.mark_dynamic(starts, 0)
+
+    def call(x, starts):
+        return fastlm.attention(x, x, x, layout="thd", cu_seqlens_q=starts, cu_seqlens_k=starts)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, starts), call(x, starts))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_call_retain_graph_and_double_backward(backend):
     q, k, v = (x.requires_grad_() for x in qkv(torch.float32, (1, 5, 5, 2, 2)))

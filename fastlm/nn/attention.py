@@ -108,6 +108,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             if bias is not None:
                 nn.init.xavier_normal_(bias)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: PyTorch's module on the same parameters, which it can compile."""
+        if self.extended:
+            return self
+        plain = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        plain.__dict__ = self.__dict__.copy()
+        return plain
+
     def extra_repr(self) -> str:
         names = ("num_kv_heads", "window")
         return ", ".join(f"{n}={getattr(self, n)}" for n in names if getattr(self, n) is not None)

@@ -33,6 +33,8 @@ _SHARED_BY = 4
 # rows looked at first: a mask of another kind is told by them
 _SAMPLED = 16
 _KERNELS = ("cuda", "triton", "cpu")
+# PyTorch's own, also in a program that puts ours in its place
+_PYTORCH = F.scaled_dot_product_attention
 # log2 of the multiply-adds from which on a call is worth ours, in the order: without and with
 # boolean masks, without and with gradient. By 4-byte and 2-byte elements; AMD EPYC (Zen 5,
 # AVX-512), 2 cores, 2026-11: a call costs 0.1 ms more than PyTorch's, 0.3 ms with such a mask
@@ -171,12 +173,17 @@ def _masks(mask: Tensor | None, is_causal: bool, dims: int, full: list[int]) -> 
     return Masks(keep=[mask]) if mask.dtype == torch.bool else Masks(bias=mask)
 
 
-def _bias_of_torch(mask: Any, rows: int, keys: int) -> str | None:
-    """The alignment of a torch.nn.attention.bias.CausalBias; None: it is something else."""
+def _is_causal_bias(mask: Any) -> bool:
+    """Whether it is a torch.nn.attention.bias.CausalBias."""
     module = sys.modules.get("torch.nn.attention.bias")
-    if module is None or not isinstance(mask, module.CausalBias):
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def _bias_of_torch(mask: Any, rows: int, keys: int) -> str | None:
+    """The alignment of a causal bias of PyTorch; None: it is something else."""
+    if not _is_causal_bias(mask):
         return None
-    if mask.variant == module.CausalVariant.UPPER_LEFT:
+    if mask.variant.name == "UPPER_LEFT":
         return "top_left"
     return "bottom_right" if (mask.seq_len_q, mask.seq_len_kv) == (rows, keys) else None
 
@@ -184,11 +191,14 @@ def _bias_of_torch(mask: Any, rows: int, keys: int) -> str | None:
 def _joined(shapes: list[list[int]]) -> list[int] | None:
     """The shape that all broadcast to, or None."""
     joined = []
-    for sizes in zip(*shapes, strict=True):
-        others = {n for n in sizes if n != 1}
-        if len(others) > 1:
-            return None
-        joined.append(others.pop() if others else 1)
+    for size, *others in zip(*shapes, strict=True):
+        # by comparison alone: a set would turn the size of a dynamic dimension into a constant
+        for n in others:
+            if size == 1:
+                size = n
+            elif n != 1 and n != size:
+                return None
+        joined.append(size)
     return joined
 
 
@@ -290,6 +300,9 @@ def scaled_dot_product_attention(
     out = _called(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if out is not None:
         return out
-    return F.scaled_dot_product_attention(
+    # such a bias knows PyTorch's function by its place there
+    known = _PYTORCH is F.scaled_dot_product_attention or not _is_causal_bias(attn_mask)
+    function = _PYTORCH if known else type(attn_mask)._dispatch
+    return function(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

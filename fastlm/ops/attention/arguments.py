@@ -80,9 +80,10 @@ def check_starts(layout: str, starts: dict[str, Tensor | None], q: Tensor) -> No
         checks.same_device("attention", what, value, "q", q)
         if value.dim() != 1 or value.shape[0] < 2:
             checks.bad_value("attention", what, "[sequences + 1]", list(value.shape))
-    lengths = {tuple(value.shape) for value in starts.values() if value is not None}
-    if len(lengths) > 1:
-        got = " and ".join(str(list(n)) for n in sorted(lengths))
+    # compared, never hashed: that would make a constant of a dynamic size
+    lengths = [list(value.shape) for value in starts.values() if value is not None]
+    if any(n != lengths[0] for n in lengths):
+        got = " and ".join(map(str, sorted(lengths)))
         checks.bad_value("attention", "cu_seqlens_q and cu_seqlens_k", "equally long", got)
 
 
