@@ -186,6 +186,24 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, (q, k, v, slopes, sink, bias))
 
 
+def test_options_in_float32_beside_float64():
+    """Wide inputs are computed wide, whatever holds the options."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    options = [torch.rand(4), torch.randn(4), torch.randn(1, 4, 1, 13)]
+
+    def run(options: list[Tensor]) -> list[Tensor]:
+        slopes, sink, bias = options = [x.requires_grad_() for x in options]
+        out, lse = fastlm.attention(
+            q, k, v, alibi_slopes=slopes, sink=sink, bias=bias, return_lse=True
+        )
+        loss = out.sin().sum() + lse.cos().sum()
+        return [out, lse, *torch.autograd.grad(loss, (q, k, v, *options))]
+
+    narrow, wide = run(options), run([x.detach().double() for x in options])
+    for a, b in zip(narrow, wide, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
 def test_alibi_per_batch_and_sink_without_keys():
     q, k, v = qkv(shape=(2, 6, 2, 4, 4))
     sink = torch.randn(4, dtype=torch.float64, requires_grad=True)

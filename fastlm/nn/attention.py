@@ -30,7 +30,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     In `eval()` without gradients and masks a small call is PyTorch's, and an
     nn.TransformerEncoderLayer reads the parameters and runs PyTorch's own kernel, to the same
-    result; with `num_kv_heads` or `window` neither happens.
+    result; with `num_kv_heads` or `window` neither happens. torch.jit.script puts PyTorch's module,
+    on the same parameters, in the place of this one.
 
     Args:
         num_kv_heads: heads of key and value, a divisor of num_heads; the parameters are then
