@@ -313,6 +313,19 @@ def test_scores_far_apart(backend, dtype):
     )
 
 
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_gradients_where_lse_is_far_from_zero(with_sink):
+    """exp(s - lse) has the rounding of lse in it: the sum of a row's ds must not."""
+    q, k, v = qkv(rows=64, keys=64, size=64)
+    args = [q * 6, k * 6, v] + [6 * torch.randn(q.shape[2])] * with_sink
+
+    def ours(q, k, v, sink=None):
+        return fastlm.attention(q, k, v, sink=sink)
+
+    with fastlm.use_backend("reference"):
+        testing.check(ours, lambda q, k, v, s=None: plain(q, k, v, sink=s)[0], args)
+
+
 @every_backend
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_values_stay_in_their_row(backend, value):
