@@ -300,9 +300,10 @@ def scaled_dot_product_attention(
     out = _called(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if out is not None:
         return out
-    # such a bias knows PyTorch's function by its place there
-    known = _PYTORCH is F.scaled_dot_product_attention or not _is_causal_bias(attn_mask)
-    function = _PYTORCH if known else type(attn_mask)._dispatch
+    function, mask = _PYTORCH, attn_mask  # type: Any, Any
+    if _PYTORCH is not F.scaled_dot_product_attention and _is_causal_bias(mask):
+        # such a bias knows PyTorch's function by its place there
+        function = mask._dispatch
     return function(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
