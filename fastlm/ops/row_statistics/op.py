@@ -21,8 +21,9 @@ A row whose target is `ignore_index` is not read: statistics 0, argmax -1, gradi
 of range raises IndexError on the CPU; elsewhere its log-prob is NaN, and the row's gradient through
 it. NaN and infinite logits give what `log_softmax` gives.
 
-Backends: triton takes float32, bfloat16 and float16, cpu float32 and bfloat16, reference every
-float dtype; any strides of the logits. Results are float32, for float64 logits float64.
+Backends: triton and cpu take float32, bfloat16 and float16 (cpu by copies of some rows, see
+`half.py`), reference every float dtype; any strides of the logits. Results are float32, for
+float64 logits float64. Calls of few logits do not come here: see `small.py`.
 
 Source: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), by blocks.
 """
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
-from . import reference
+from . import half, reference
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
@@ -132,6 +133,10 @@ def cpu_forward(
     caller: str,
 ) -> tuple[Tensor, ...]:
     rows = logits.shape[0]
+    options = (ignore_index, scale, softcap)
+    if logits.dtype == torch.float16:
+        rest = (*options, entropy, sum_sq, weighted_sum, argmax, caller)
+        return half.forward(cpu_forward, logits, target, class_weight, *rest)
     wanted = (target is not None, entropy, sum_sq, weighted_sum, argmax)
     out = empty_statistics(rows, logits, *wanted)
     logprob, lse, entropies, squares, weighted, best, row_max, log_sum, mass = out
@@ -142,9 +147,7 @@ def cpu_forward(
         logits,
         None if target is None else target.contiguous(),
         None if class_weight is None else class_weight.contiguous(),
-        ignore_index,
-        scale,
-        softcap,
+        *options,
         row_max,
         log_sum,
         lse,
@@ -171,6 +174,10 @@ def cpu_backward_into(
     softcap: float,
 ) -> None:
     """Write dlogits, contiguous; it may be `logits`."""
+    if logits.dtype == torch.float16:
+        rows = (dlogits, logits, target, class_weight, row_max, log_sum)
+        options = (coefficients, ignore_index, scale, softcap)
+        return half.backward_into(cpu_backward_into, *rows, *options)
     extension.raw("row_statistics_backward")(
         logits if logits.stride(1) == 1 else logits.contiguous(),
         None if target is None else target.contiguous(),
@@ -209,8 +216,8 @@ def _backward_of(
 
 
 def _cpu_refuses(logits: Tensor, **_: Any) -> str | None:
-    if logits.dtype not in (torch.float32, torch.bfloat16):
-        return f"takes float32 and bfloat16, not {checks.short(logits.dtype)}"
+    if logits.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
     return None
 
 
