@@ -108,12 +108,12 @@ def run(
     layer = layer._replace(input=without_masked(layer.input, keep))
     row_weight = None if row_weight is None else without_masked(row_weight, keep)
     products = Products(layer, chunk_of(layer, chunk), prepared.matmul)
-    gradients = Gradients(products, needs, dtype=held_dtype(layer.input))
     compare = prepared.rows(chunk)
     value = products.new(rows)
-    live = None
-    if keep is not None and _on_cpu(value):
-        live = keep.nonzero()[:, 0]
+    live = keep.nonzero()[:, 0] if keep is not None and _on_cpu(value) else None
+    count = rows if live is None else len(live)
+    gradients = Gradients(products, needs, dtype=held_dtype(layer.input), rows=count)
+    if live is not None:
         value.zero_()
         gradients.clear(slice(None))
     for span in spans(rows, chunk, live):

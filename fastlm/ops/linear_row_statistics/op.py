@@ -37,7 +37,7 @@ from ..row_statistics.op import (
     upstream_of,
 )
 from . import schedule
-from .chunks import FASTEST, Compared, Layer, Needs, RowKernels, chunk_of
+from .chunks import FASTEST, NO_NEEDS, Compared, Layer, Needs, RowKernels, chunk_of
 
 LAYER_ARGUMENTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
@@ -116,7 +116,8 @@ def _run_forward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
 def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     row_max, log_sum, factors, needs = args[8], args[9], args[10:15], Needs(*args[15:18])
-    chunk, into = chunk_of(layer, args[18]), args[19] if len(args) > 19 else None
+    into = args[19] if len(args) > 19 else None
+    chunk = chunk_of(layer, args[18], needs if into is None else NO_NEEDS)
     rest = (row_max, log_sum, factors, chunk, needs, into)
     return schedule.backward(kernels, layer, compared, *rest)
 
