@@ -38,6 +38,8 @@ class Implementation:
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
+# by (op, "forward" or "backward"): those that may take a call which asks for no backend
+_usual: dict[tuple[str, str], list[tuple[Implementation, Callable[..., Any]]]] = {}
 _trace: list[Explanation] | None = None
 
 
@@ -64,6 +66,7 @@ def register(
     """Add one backend of an op. `forward` and `backward` take the torch op's arguments in order;
     `refuses` takes them by name and must read metadata only."""
     _checked(backend, f"register({op!r}): backend")
+    _usual.clear()
     _OPS.setdefault(op, {})[backend] = Implementation(
         forward, backward, devices, unavailable, refuses, proven
     )
@@ -94,9 +97,29 @@ def _objection(
     return impl.refuses(**named)
 
 
+def _usual_of(op: str, which: str) -> list[tuple[Implementation, Callable[..., Any]]]:
+    """Without those that refuse every call of this process: to ask them takes time."""
+    found = _usual.get((op, which))
+    if found is None:
+        backends = (_OPS[op].get(name) for name in BACKENDS)
+        found = [
+            (impl, call)
+            for impl in backends
+            if impl is not None and impl.proven and not impl.unavailable
+            if (call := getattr(impl, which)) is not None
+        ]
+        _usual[op, which] = found
+    return found
+
+
 def select(op: str, which: str, named: dict[str, Any]) -> Callable[..., Any]:
     """The implementation for this call; `which` is "forward" or "backward"."""
     forced = _forced
+    if forced is None and _trace is None:
+        device = device_type(named)
+        for impl, call in _usual_of(op, which):
+            if device in impl.devices and impl.refuses(**named) is None:
+                return call
     if _trace is not None:
         _trace.append(_explain(op, which, named, forced))
     for backend in (forced,) if forced else BACKENDS:

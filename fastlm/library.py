@@ -36,7 +36,8 @@ def define(
 
     def kernel(*args: Any) -> Any:
         # the dispatcher leaves out trailing arguments that have their default value
-        args += tuple(argument.default_value for argument in arguments[len(args) :])
+        if len(args) < len(names):
+            args += tuple(argument.default_value for argument in arguments[len(args) :])
         named = dict(zip(names, args, strict=True))
         if check is not None:
             check(named)

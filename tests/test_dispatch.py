@@ -24,6 +24,7 @@ def op() -> Iterator[str]:
     name = "an_op_of_this_test"
     yield name
     dispatch._OPS.pop(name, None)
+    dispatch._usual.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -264,6 +264,7 @@ def test_backward_twice_with_different_gradients(backend, dtype):
         torch.testing.assert_close(third, want)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradient_is_taken_over_without_a_copy():
     *layer, target = make(7, 4, 9)
     leaves = [v.requires_grad_() for v in layer]
@@ -306,6 +307,7 @@ def test_auxiliary_results_and_their_gradients(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradcheck():
     *layer, target = make(5, 3, 6, torch.float64)
     leaves = [v.requires_grad_() for v in layer]
@@ -330,6 +332,7 @@ def test_any_forward_with_any_backward(forward, backward, reduction):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_second_derivative_raises():
     *layer, target = make(5, 3, 6)
     leaves = [v.requires_grad_() for v in layer]

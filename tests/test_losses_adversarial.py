@@ -249,6 +249,7 @@ def test_every_row_ignored(name, backend, poisoned):
         assert not any(g.any() for g in gradients(outputs, args))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("ignore_index", [-1, -7, IGNORED, 0, 8, 9, 1000])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -265,6 +266,7 @@ def test_ignore_index(function, ignore_index, reduction):
     check(ours, lambda x, w: F.cross_entropy(F.linear(x, w), target, **options), (x, w))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("ignore_index", [-1, 0, 8, 1000])
 @pytest.mark.parametrize("function", ["token_logprobs", "linear_token_logprobs", "policy"])
 def test_ignore_index_of_logprobs(function, ignore_index):
@@ -467,6 +469,7 @@ def test_more_than_65535_rows(name, backend):
         check(lambda x: case(name).ours(x, w, b, target), plain, (x,))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.skipif("cpu" not in ready("row_statistics"), reason="no compiled kernels")
 def test_more_than_2_to_the_31_logits_and_their_gradient():
     rows, classes = (1 << 15) + 1, (1 << 16) + 5
@@ -482,6 +485,7 @@ def test_more_than_2_to_the_31_logits_and_their_gradient():
         assert torch.equal(loss[at], alone[0]) and torch.equal(leaf.grad[at], one.grad[0])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", list(LINEAR))
 def test_more_than_2_to_the_31_logits_of_a_layer(name):
     """Most rows are dead, so that it takes no time; the products see the whole of the indices."""
@@ -529,6 +533,7 @@ def test_float16_logits_out_of_range(name, backend):
         torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5 * float(c.abs().max()))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_policy_loss"])
 @pytest.mark.parametrize("budget", [None, 1 << 16])
 @pytest.mark.parametrize("factor, reduction", [(2.0**16, "mean"), (2.0**-16, "sum")])
@@ -556,6 +561,7 @@ def test_float16_gradients_of_a_scaled_loss(function, budget, factor, reduction)
     check(ours, plain, (x, w))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
 def test_autocast(name, dtype):
@@ -587,6 +593,7 @@ def test_without_gradient(name, backend):
     assert all(a.isfinite().all() for a in got)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
 @pytest.mark.parametrize("upstream", ["constant", "variable"])
 def test_second_derivative_is_refused(name, upstream):
@@ -628,6 +635,7 @@ def test_opcheck_of_the_dtype_that_gradients_wait_in(dtype):
     assert all(g.dtype == waits for g in found)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*LOGITS, *LINEAR])
 def test_same_bits_again(name, dtype):
@@ -662,6 +670,7 @@ def test_a_row_of_logits_does_not_depend_on_the_others(name, classes, dtype, bac
                 assert torch.cat(a).equal(b)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

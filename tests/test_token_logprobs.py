@@ -167,6 +167,7 @@ def test_linear_chunks_do_not_change_the_results(backend):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_linear_gradcheck():
     input = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -231,6 +232,7 @@ def test_opcheck_linear(backend):
     torch.library.opcheck(torch.ops.fastlm.linear_row_statistics_backward.default, args)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_second_derivative_raises():
     x = torch.randn(3, 4, requires_grad=True)
     found = fastlm.linear_token_logprobs(x, torch.randn(5, 4), torch.tensor([0, 1, 2]))

@@ -84,6 +84,19 @@ def large_enough(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> bool:
     return work >= 1 << least[2 * masked + trained]
 
 
+def _tiny(query: Tensor, key: Tensor, value: Tensor, masked: bool) -> bool:
+    """Four-dimensional calls that `large_enough` would give to PyTorch, before any other look."""
+    if not (type(query) is type(key) is type(value) is Tensor and query.is_cpu):
+        return False
+    if not query.dim() == key.dim() == value.dim() == 4 or key.shape[2] != value.shape[2]:
+        return False
+    least = _LEAST.get(query.element_size())
+    if least is None or dispatch.forced() is not None:
+        return False
+    work = query.numel() * key.shape[2] * 2
+    return work < 1 << min(least[2 * masked : 2 * masked + 2])
+
+
 def kernel_takes(q: Tensor, k: Tensor, v: Tensor, masks: Masks, runs: bool, drop: bool) -> bool:
     """Whether a kernel of ours would run this call; q, k, v are [B, S, H, D]."""
     if dispatch.forced() is not None or masks.mask is not None or masks.window is not None:
@@ -287,9 +300,11 @@ def scaled_dot_product_attention(
     Raises:
         What PyTorch raises; RuntimeError where key and value differ in length.
     """
-    out = _called(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if out is not None:
-        return out
+    boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    if not _tiny(query, key, value, boolean):
+        out = _called(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

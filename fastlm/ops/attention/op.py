@@ -12,7 +12,8 @@ bias or dropout; a packed sequence gives the bits that it gives alone; inside `h
 Hopper kernels of `gluon_kernels.py` where they take the call), cpu (everything but float64; the
 same bits on any number of threads, and for a sequence alone, in a batch or packed), torch (the CPU
 flash kernel of PyTorch: full or square causal attention without the other options; its backward
-takes no gradient through lse), reference (everything; blocks of query rows, memory O(S)).
+takes no gradient through lse), reference (everything; blocks of query rows, memory O(S)). Small
+calls without an option are PyTorch's function itself: see `small.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
-from . import arguments, cpu_kernels, hopper, reference
+from . import arguments, cpu_kernels, hopper, reference, small
 from .mask import AttnMask
 
 _SHARED = (
@@ -315,6 +316,12 @@ def attention(
     Source: Dao 2023 (arXiv:2307.08691); ALiBi, Press et al. 2022 (arXiv:2108.12409); sinks, Xiao et
     al. 2024 (arXiv:2309.17453).
     """
+    extra = (window, alibi_slopes, sink, bias, seed, cu_seqlens_q, cu_seqlens_k)
+    if small.plain(mask, extra, softcap, dropout_p, return_lse) and small.takes(q, k, v, layout):
+        causal = mask is not None
+        if not causal or small.takes_causal(q, k, v, layout):
+            dispatch.note("attention", "torch", {"cpu": small.REASON})
+            return small.forward(q, k, v, causal, scale, layout)
     q, k, v = (_TO_BSHD[layout](x) for x in arguments.check_tensors(q, k, v, layout))
     arguments.check_shapes(q, k, v, layout)
     starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ..row_statistics import parallel
+from ..row_statistics import parallel, small
 from ..row_statistics.op import Statistics, Wanted
 from ..row_statistics.parallel import ParallelStatistics, Shard
 
@@ -93,6 +93,31 @@ def checked(
     scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
     weight = finite(op, "z_loss_weight", z_loss_weight)
     return Loss(op, reduction, smoothing, weight, scale, softcap, ignore_index, tuple(return_aux))
+
+
+def plain_scores(temperature: Any, logit_scale: Any, logit_softcapping: Any) -> bool:
+    """The scores are the logits."""
+    if logit_softcapping is not None or not small.number(temperature):
+        return False
+    return small.number(logit_scale) and temperature == logit_scale == 1
+
+
+def plain(
+    temperature: Any,
+    logit_scale: Any,
+    logit_softcapping: Any,
+    z_loss_weight: Any,
+    token_weight: Any,
+    group: Any,
+    vocab_start_index: Any,
+    return_aux: Any,
+) -> bool:
+    """None of what torch's own function lacks is asked for."""
+    if token_weight is not None or group is not None or vocab_start_index is not None:
+        return False
+    if not small.number(z_loss_weight) or z_loss_weight != 0 or return_aux != ():
+        return False
+    return plain_scores(temperature, logit_scale, logit_softcapping)
 
 
 def is_soft(op: str, target: Tensor, logits_shape: Sequence[int]) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ... import dispatch, extension, library, triton_backend
 from ..attention.arguments import floats, last_contiguous
+from ..row_statistics import small
 from . import arguments, reference
 
 _SHARED = (
@@ -194,6 +195,14 @@ dispatch.register("decode_attention", "reference", _reference)
 dispatch.register("decode_attention_append", "reference", _reference_append)
 
 
+def _direct(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """What the compiled kernel takes without the torch op around it, which takes as long as a row
+    of a short cache."""
+    if _RAW is None or not dispatch.undisturbed() or _cpu_refuses(q) is not None:
+        return False
+    return small.usual(q, k_cache, v_cache)
+
+
 def _four_dims(x: Any) -> Any:
     return x[:, None] if isinstance(x, Tensor) and x.dim() == 3 else x
 
@@ -292,11 +301,15 @@ def decode_attention(
         float(softcap),
         num_splits or 0,
     )
+    attend: Any = _ATTEND
+    append: Any = _APPEND
+    if _direct(q, k_cache, v_cache):
+        attend, append = _cpu, _cpu_append
     if k_new is None and v_new is None:
-        out, lse = _ATTEND(q, k_cache, v_cache, *shared)
+        out, lse = attend(q, k_cache, v_cache, *shared)
     else:
         arguments.check_new(k_new, v_new, q, k_cache, v_cache)
-        out, lse = _APPEND(q, k_cache, v_cache, k_new, v_new, *shared)
+        out, lse = append(q, k_cache, v_cache, k_new, v_new, *shared)
     if one:
         out, lse = out[:, 0], lse[..., 0]
     return (out, lse) if return_lse else out

@@ -235,14 +235,20 @@ def _by_torch(
         )  # fmt: skip
 
 
-def torch_packs_faster(data: Tensor, cell: Cell) -> str | None:
-    """As `torch_is_faster`, for a PackedSequence. LOG: "gru: a PackedSequence"."""
+# of a PackedSequence on a CPU; fewer have nothing to gain from a plan and packed weights
+LEAST_PACKED_STEPS = 3
+
+
+def torch_packs_faster(data: Tensor, cell: Cell, steps: int) -> str | None:
+    """As `torch_is_faster`, for a PackedSequence. LOG: "gru: a PackedSequence", "small calls"."""
     if torch.compiler.is_compiling():
         return None
     if data.device.type != "cpu":
         return "no kernel there takes sequences of different lengths"
     if cell[1].dtype == torch.float64:
         return "dtype float64"
+    if steps < LEAST_PACKED_STEPS and cell[1].dtype == torch.float32:
+        return f"fewer than {LEAST_PACKED_STEPS} steps"
     products = data.shape[0] * cell[1].numel()
     if cell[1].dtype == torch.float32 and products < 2e6 and not torch.is_grad_enabled():
         return "fewer than 2 million products, and no gradient"
@@ -276,7 +282,7 @@ def _packed(
     why = None
     plain = not options.zoneout and options.precision in ("ieee", "auto")
     if dispatch.forced() is None and plain:
-        why = torch_packs_faster(data, cells[0])
+        why = torch_packs_faster(data, cells[0], len(batch_sizes))
     if why is not None:
         dispatch.note("gru", "torch", {"cpu": why})
         output, h_n = _packed_by_torch(data, batch_sizes, hx, cells, bidirectional, options)

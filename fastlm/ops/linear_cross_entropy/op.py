@@ -11,6 +11,9 @@ Two ways, chosen by what the caller asks for:
   written to before the backward, a `group`, whose other members have the rest of each row):
   `linear_row_statistics`, whose backward computes the logits again (8 N H V).
 
+Calls of few logits, which fit into what a chunk of the loop takes, are PyTorch's own: see
+`row_statistics/small.py`.
+
 Saved: the inputs, two numbers per row, and in the first way the gradients (of float16 in float32,
 because float16 has not the range of what is scaled afterwards).
 
@@ -39,6 +42,7 @@ from ..linear_row_statistics.chunks import (
     Span,
     held_dtype,
 )
+from ..row_statistics import small
 from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
 from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
 from .options import accumulator, chunk_bytes
@@ -72,7 +76,7 @@ def _run(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     wanted, per_row, needs = Wanted(*args[8:12]), args[14:17], Needs(*args[17:20])
     out = linear.empty_statistics(layer.input, compared.target, wanted)
-    chunk = linear.chunk_of(layer, args[12])
+    chunk = linear.chunk_of(layer, args[12], needs)
 
     def upstream(span: Span, found: tuple[Tensor, ...]) -> Upstream:
         here = [None if p is None else p[span] for p in per_row]
@@ -265,6 +269,14 @@ def linear_cross_entropy(
     Raises:
         As `cross_entropy`.
     """
+    ignored = -100 if ignore_index is None else ignore_index
+    added = (z_loss_weight, token_weight, group, vocab_start_index, return_aux)
+    if weight is options is None and type(shift) is int and shift == 0:
+        if losses.plain(temperature, logit_scale, logit_softcapping, *added):
+            given = (input, linear_weight, linear_bias, target)
+            few = small.linear_cross_entropy(given, ignored, reduction, label_smoothing)
+            if few is not None:
+                return few
     loss = losses.checked(
         _OP,
         reduction=reduction,
@@ -273,7 +285,7 @@ def linear_cross_entropy(
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcapping=logit_softcapping,
-        ignore_index=-100 if ignore_index is None else ignore_index,
+        ignore_index=ignored,
         return_aux=return_aux,
     )
     linear_weight, group, vocab_start_index, *others = unwrapped(
@@ -304,19 +316,11 @@ def linear_cross_entropy(
         if logits.dim() > 2:  # classes second, as cross_entropy has them
             logits, target = logits.movedim(-1, 1), target.movedim(-1, 1)
     return cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=loss.ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        logit_softcapping=logit_softcapping,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        token_weight=token_weight,
-        return_aux=return_aux,
-    )
+        logits, target, weight, ignore_index=loss.ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss_weight=z_loss_weight,
+        logit_softcapping=logit_softcapping, logit_scale=logit_scale, temperature=temperature,
+        token_weight=token_weight, return_aux=return_aux,
+    )  # fmt: skip
 
 
 def _check_sharded(linear_weight: Tensor, target: Tensor) -> None:
