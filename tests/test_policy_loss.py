@@ -364,18 +364,22 @@ def test_gae_with_lambda_one_is_return_minus_value():
     assert fastlm.gae(torch.zeros(2, 0), torch.zeros(2, 0))[0].shape == (2, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_group_advantages(normalize):
-    rewards = torch.randn(12, dtype=torch.float64)
+def test_group_advantages(normalize, dtype):
+    rewards = torch.randn(12, dtype=dtype)
     rewards[4:8] = 0.1
-    groups = rewards.view(3, 4)
+    groups = rewards.view(3, 4).double()
     want = groups - groups.mean(1, keepdim=True)
     if normalize:
         want = want / (groups.std(1, keepdim=True) + 1e-6)
     want[1] = 0
     got = fastlm.group_advantages(rewards, group_size=4, normalize=normalize)
-    torch.testing.assert_close(got, want.view(-1))
+    torch.testing.assert_close(got, want.view(-1).to(dtype))
     assert bool((got[4:8] == 0).all())
+    assert bool((fastlm.group_advantages(rewards, group_size=1) == 0).all())
+    endless = torch.full((4,), math.inf, dtype=dtype)
+    assert bool((fastlm.group_advantages(endless, group_size=4) == 0).all())
     order = torch.randperm(12)
     ids = torch.tensor([70, -3, 5]).repeat_interleave(4)
     mixed = fastlm.group_advantages(rewards[order], group_ids=ids[order], normalize=normalize)
@@ -389,6 +393,8 @@ def test_leave_one_out_advantages():
     torch.testing.assert_close(got, torch.tensor([-3.0, -1.5, 4.5, 5.0]))
     pairs = fastlm.leave_one_out_advantages(rewards, group_size=2)
     torch.testing.assert_close(pairs, torch.tensor([-1.0, 1.0, 1.0, -1.0]))
+    alone = fastlm.leave_one_out_advantages(rewards, group_size=1)
+    assert torch.equal(alone, rewards) and alone.data_ptr() != rewards.data_ptr()
 
 
 @pytest.mark.parametrize("function", [fastlm.group_advantages, fastlm.leave_one_out_advantages])

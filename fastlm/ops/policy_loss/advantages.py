@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +47,24 @@ def _sums(values: Tensor, groups: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add_(0, groups, values)[groups]
 
 
-@torch.no_grad()
+def _consecutive(rewards: Tensor, group_size: Any, group_ids: Any) -> Tensor | None:
+    """[groups, group_size] in float64, where equal rewards have exactly their mean: of finite
+    rewards of fewer bits, in groups that need no number. None: not so, or not as it should be."""
+    if type(rewards) is not Tensor or group_ids is not None or type(group_size) is not int:
+        return None
+    if rewards.dtype not in (torch.float32, torch.bfloat16, torch.float16) or rewards.dim() != 1:
+        return None
+    count = rewards.shape[0]
+    if count == 0 or group_size < 1 or count % group_size or not rewards.is_cpu:
+        return None
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    exact = rewards.detach().double()
+    if not math.isfinite(float(exact.sum())):
+        return None
+    return exact.view(-1, group_size)
+
+
 def group_advantages(
     rewards: Tensor,
     *,
@@ -69,6 +89,21 @@ def group_advantages(
 
     Source: Shao et al. 2024 (arXiv:2402.03300), section 4.1.2; Liu et al. 2025 (arXiv:2503.20783).
     """
+    table = _consecutive(rewards, group_size, group_ids)
+    if table is not None:
+        centered = table - table.mean(1, keepdim=True)
+        if normalize:
+            # of one reward the norm is 0, whatever it is divided by
+            norm = torch.linalg.vector_norm(centered, dim=1, keepdim=True)
+            centered /= norm.mul_(max(1, table.shape[1] - 1) ** -0.5).add_(1e-6)
+        return centered.view(-1).to(rewards.dtype)
+    return _of_groups(rewards, group_size, group_ids, normalize)
+
+
+@torch.no_grad()
+def _of_groups(
+    rewards: Tensor, group_size: int | None, group_ids: Tensor | None, normalize: bool
+) -> Tensor:
     _check_rewards("group_advantages", rewards)
     groups = _groups("group_advantages", rewards, group_size, group_ids)
     exact = rewards.double()
@@ -85,7 +120,6 @@ def group_advantages(
     return centered.to(rewards.dtype)
 
 
-@torch.no_grad()
 def leave_one_out_advantages(
     rewards: Tensor, *, group_size: int | None = None, group_ids: Tensor | None = None
 ) -> Tensor:
@@ -104,12 +138,38 @@ def leave_one_out_advantages(
 
     Source: Ahmadian et al. 2024 (arXiv:2402.14740).
     """
+    table = _consecutive(rewards, group_size, group_ids)
+    if table is not None:
+        size = table.shape[1]
+        if size > 1:
+            table = (table - table.mean(1, keepdim=True)).mul_(size / (size - 1))
+        return table.reshape(-1).to(rewards.dtype)
+    return _without_own(rewards, group_size, group_ids)
+
+
+@torch.no_grad()
+def _without_own(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Tensor:
     _check_rewards("leave_one_out_advantages", rewards)
     groups = _groups("leave_one_out_advantages", rewards, group_size, group_ids)
     exact = rewards.double()
     others = _sums(torch.ones_like(exact), groups) - 1
     baseline = (_sums(exact, groups) - exact) / others.clamp(min=1)
     return (exact - torch.where(others > 0, baseline, 0.0)).to(rewards.dtype)
+
+
+def _discounted(delta: Tensor, factor: float, factors: Tensor | None) -> Tensor:
+    """A_t = delta_t + factor * A_{t+1}, or with the factors of each step; [B, T]."""
+    if delta.shape[1] == 0:
+        return torch.zeros_like(delta)
+    columns = list(delta.unbind(1))
+    if factors is None:
+        for t in range(len(columns) - 2, -1, -1):
+            columns[t] = torch.add(columns[t], columns[t + 1], alpha=factor)
+        return torch.stack(columns, 1)
+    each = factors.to(delta.dtype).unbind(1)
+    for t in range(len(columns) - 2, -1, -1):
+        columns[t] = torch.addcmul(columns[t], each[t], columns[t + 1])
+    return torch.stack(columns, 1)
 
 
 @torch.no_grad()
@@ -144,7 +204,7 @@ def gae(
     checks.floating("gae", "values", values)
     checks.shape("gae", "rewards", rewards, (None, None), "[B, T]")
     checks.shape("gae", "values", values, rewards.shape, "as rewards")
-    keep = torch.ones_like(rewards, dtype=torch.bool)
+    keep = None
     if mask is not None:
         checks.tensor("gae", "mask", mask)
         checks.shape("gae", "mask", mask, rewards.shape, "as rewards")
@@ -154,14 +214,18 @@ def gae(
         checks.floating("gae", "last_value", last_value)
         checks.shape("gae", "last_value", last_value, rewards.shape[:1])
         following = last_value.to(rewards.dtype)
-    values = torch.where(keep, values.to(rewards.dtype), 0.0)
-    carried = torch.zeros_like(following)
-    columns = []
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        here = keep[:, t]
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        carried = torch.where(here, delta + gamma * lam * carried, carried)
-        following = torch.where(here, values[:, t], following)
-        columns.append(torch.where(here, carried, 0.0))
-    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
+    values = values.to(rewards.dtype)
+    after = torch.cat((values, following[:, None]), 1)
+    if keep is None:
+        advantages = _discounted(rewards + gamma * after[:, 1:] - values, gamma * lam, None)
+        return advantages, advantages + values
+    values = torch.where(keep, values, 0.0)
+    steps = torch.arange(rewards.shape[1], device=rewards.device)
+    # the next step that is not masked; that behind the last one is `following`
+    next_kept = torch.where(keep, steps, rewards.shape[1]).flip(1).cummin(1).values.flip(1)
+    next_kept = torch.cat((next_kept, next_kept.new_full((len(keep), 1), len(steps))), 1)[:, 1:]
+    delta = rewards + gamma * after.gather(1, next_kept) - values
+    delta = torch.where(keep, delta, 0.0)
+    advantages = _discounted(delta, gamma * lam, torch.where(keep, gamma * lam, 1.0))
+    advantages = torch.where(keep, advantages, 0.0)
     return advantages, advantages + values
