@@ -5,6 +5,7 @@ fastlm.OP: WHAT must be EXPECTED, got ACTUAL; REMEDY
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +36,14 @@ def short(dtype: torch.dtype) -> str:
 def tensor(op: str, what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         bad_type(op, what, "a tensor", type(value).__name__)
+
+
+def readable(value: Tensor) -> bool:
+    """Whether a look at the values costs nothing: a GPU would be waited for, a trace has none."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return fakes is None or not isinstance(value, fakes.FakeTensor)
 
 
 def floating(op: str, what: str, value: Tensor) -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .second_order import transformed
 
 # tried in this order; "torch" is PyTorch's own fused op, where it is the fastest
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
@@ -37,8 +41,19 @@ class Implementation:
     proven: bool  # False: takes calls only when forced
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _OPS: dict[str, dict[str, Implementation]] = {}
-_trace: list[Explanation] | None = None
+# by (op, "forward" or "backward"): those that may take a call which asks for no backend
+_usual: dict[tuple[str, str], list[tuple[Implementation, Callable[..., Any]]]] = {}
+
+
+class _Here(threading.local):
+    """Of one thread: what `explain` has heard so far."""
+
+    trace: list[Explanation] | None = None
+
+
+_here = _Here()
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -47,7 +62,11 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced = _checked(os.environ.get("FASTLM_BACKEND") or None, "FASTLM_BACKEND")
+_FROM_ENVIRONMENT = _checked(os.environ.get("FASTLM_BACKEND") or None, "FASTLM_BACKEND")
+_forced = _FROM_ENVIRONMENT
+# the blocks of `use_backend` that are open, the latest last
+_blocks: list[list[str | None]] = []
+_blocks_lock = threading.Lock()
 
 
 def register(
@@ -64,6 +83,7 @@ def register(
     """Add one backend of an op. `forward` and `backward` take the torch op's arguments in order;
     `refuses` takes them by name and must read metadata only."""
     _checked(backend, f"register({op!r}): backend")
+    _usual.clear()
     _OPS.setdefault(op, {})[backend] = Implementation(
         forward, backward, devices, unavailable, refuses, proven
     )
@@ -94,11 +114,31 @@ def _objection(
     return impl.refuses(**named)
 
 
+def _usual_of(op: str, which: str) -> list[tuple[Implementation, Callable[..., Any]]]:
+    """Without those that refuse every call of this process: to ask them takes time."""
+    found = _usual.get((op, which))
+    if found is None:
+        backends = (_OPS[op].get(name) for name in BACKENDS)
+        found = [
+            (impl, call)
+            for impl in backends
+            if impl is not None and impl.proven and not impl.unavailable
+            if (call := getattr(impl, which)) is not None
+        ]
+        _usual[op, which] = found
+    return found
+
+
 def select(op: str, which: str, named: dict[str, Any]) -> Callable[..., Any]:
     """The implementation for this call; `which` is "forward" or "backward"."""
     forced = _forced
-    if _trace is not None:
-        _trace.append(_explain(op, which, named, forced))
+    if forced is None and _here.trace is None:
+        device = device_type(named)
+        for impl, call in _usual_of(op, which):
+            if device in impl.devices and impl.refuses(**named) is None:
+                return call
+    if _here.trace is not None:
+        _here.trace.append(_explain(op, which, named, forced))
     for backend in (forced,) if forced else BACKENDS:
         if _objection(op, which, backend, named, forced is not None) is None:
             return getattr(_OPS[op][backend], which)
@@ -116,7 +156,23 @@ def forced() -> str | None:
 
 def undisturbed() -> bool:
     """No backend is asked for, and nobody wants to know which one runs."""
-    return _forced is None and _trace is None
+    return _forced is None and _here.trace is None
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a call may go around the torch op, which takes longer than little work does: plain
+    tensors on a CPU, no backend asked for, and no trace, mode or transform that would see the op.
+    `explain` must still be told: `undisturbed`, or `note`."""
+    for x in tensors:
+        if x is not None and not (type(x) in _PLAIN and x.is_cpu):
+            return False
+    return (
+        _forced is None
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
@@ -126,8 +182,8 @@ def preferred(op: str, which: str, named: dict[str, Any]) -> str | None:
 
 def note(op: str, chosen: str, others: dict[str, str]) -> None:
     """For `explain`: a choice made above the torch op, with the reasons against the others."""
-    if _trace is not None:
-        _trace.append(Explanation(op, "forward", {**others, chosen: None}, chosen))
+    if _here.trace is not None:
+        _here.trace.append(Explanation(op, "forward", {**others, chosen: None}, chosen))
 
 
 @dataclass(frozen=True)
@@ -159,7 +215,7 @@ class Explanations(tuple[Explanation, ...]):
     """One entry per torch op that the call ran, in order; prints as text."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self))
+        return "\n".join(map(str, self)) or "plain PyTorch: no op of fastlm runs"
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanations:
@@ -167,7 +223,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanations:
 
     Args:
         op: the public name, as in `fastlm.explain("cross_entropy", logits, target)`.
-        *args, **kwargs: the arguments of that call. It really runs, without gradient.
+        *args, **kwargs: the arguments of that call. It really runs, and saves for a backward pass
+            if it would: that can decide who is faster.
 
     Returns:
         One `Explanation` per torch op that ran; the call's result is dropped.
@@ -178,21 +235,20 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanations:
     """
     import fastlm
 
-    global _trace
     function = getattr(fastlm, op, None)
     if op not in fastlm.__all__ or not callable(function):
         raise ValueError(f"fastlm.explain: op must be a public function of fastlm, got {op!r}")
-    before, _trace = _trace, []
+    before, trace = _here.trace, list[Explanation]()
+    _here.trace = trace
     try:
-        with torch.no_grad():
-            try:
-                function(*args, **kwargs)
-            except RuntimeError:
-                if not _trace or _trace[-1].chosen is not None:
-                    raise
-        return Explanations(_trace)
+        try:
+            function(*args, **kwargs)
+        except RuntimeError:
+            if not trace or trace[-1].chosen is not None:
+                raise
+        return Explanations(trace)
     finally:
-        _trace = before
+        _here.trace = before
 
 
 class Report(dict[str, dict[str, str]]):
@@ -243,9 +299,14 @@ def use_backend(name: str | None) -> Iterator[None]:
     holds for the whole process, because autograd runs backward passes on threads of its own.
     """
     global _forced
-    _checked(name, "fastlm.use_backend: name")
-    before, _forced = _forced, name
+    block = [_checked(name, "fastlm.use_backend: name")]
+    with _blocks_lock:
+        _blocks.append(block)
+        _forced = name
     try:
         yield
     finally:
-        _forced = before
+        with _blocks_lock:
+            # not always the last: blocks of several threads may overlap
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _forced = _blocks[-1][0] if _blocks else _FROM_ENVIRONMENT

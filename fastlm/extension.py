@@ -67,7 +67,12 @@ tokens, tokens_unavailable = _load_tokens()
 @functools.cache
 def raw(name: str) -> Any:
     """The raw kernel `torch.ops.fastlm_C.<name>`."""
-    return getattr(torch.ops.fastlm_C, name).default
+    try:
+        return getattr(torch.ops.fastlm_C, name).default
+    except AttributeError:
+        raise RuntimeError(
+            f"fastlm: fastlm/_C.so has no {name}, so it is older than the package; {_REMEDY}"
+        ) from None
 
 
 def cpu_isa() -> str:

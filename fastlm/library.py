@@ -15,6 +15,22 @@ from . import dispatch
 _LIBRARY = Library("fastlm", "DEF")
 
 
+def autocast_on(device: str) -> bool:
+    """Of a device type; some, as meta, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """torch.compile takes no tensor twice in one autograd.Function: a view where it comes again."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if again and tensor is not None else tensor)
+    return tuple(found)
+
+
 def define(
     op: str,
     which: str,
@@ -36,7 +52,8 @@ def define(
 
     def kernel(*args: Any) -> Any:
         # the dispatcher leaves out trailing arguments that have their default value
-        args += tuple(argument.default_value for argument in arguments[len(args) :])
+        if len(args) < len(names):
+            args += tuple(argument.default_value for argument in arguments[len(args) :])
         named = dict(zip(names, args, strict=True))
         if check is not None:
             check(named)
@@ -57,8 +74,8 @@ def define(
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.clone() for grad in grads)
+    def forward(ctx: Any, sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone() for grad in tensors[sources:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -67,22 +84,43 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
+class _Unpacked:
+    """The context of a backward with its saved tensors, which a checkpoint hands out once."""
+
+    def __init__(self, ctx: Any, saved: tuple[Tensor | None, ...]) -> None:
+        self.__dict__.update(ctx=ctx, saved_tensors=saved)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of an autograd.Function: a second derivative raises, it is never missing.
 
     torch's own decorator raises only when the upstream gradient requires grad; after
-    `out.sum()` it does not, and the second derivative would be silently zero.
+    `out.sum()` it does not, and the second derivative would be silently zero. The gradients here
+    are functions of what was saved too: autograd runs no node that does not lead to the tensors
+    it is asked about.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return backward(ctx, *upstream)
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            grads = backward(ctx, *upstream)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            grads = backward(_Unpacked(ctx, saved), *upstream)
+        if not torch.is_grad_enabled():
             return grads
         grads = grads if isinstance(grads, tuple) else (grads,)
-        anchor = torch.zeros((), requires_grad=True)
-        marked = iter(_NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None)))
+        sources = [t for t in (*saved, *upstream) if t is not None and t.requires_grad]
+        sources = sources or [torch.zeros((), requires_grad=True)]
+        given = (g for g in grads if g is not None)
+        marked = iter(_NoSecondDerivative.apply(len(sources), *sources, *given))
         return tuple(None if g is None else next(marked) for g in grads)
 
     return wrapper

@@ -6,18 +6,52 @@ taken through `plain`: the same function in PyTorch operations, evaluated again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Plain = Callable[..., tuple[Tensor, ...]]
 
 
-def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Views that no other input was computed from: a derivative ends at each of them."""
-    return [t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors]
+def transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, for which a Function has a slower form."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _of(
+    plain: Plain, inputs: Sequence[Tensor | None], moved: Sequence[int]
+) -> tuple[Plain, list[Tensor]]:
+    """`plain` as a function of the inputs `moved`, and these."""
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for i, value in zip(moved, values, strict=True):
+            full[i] = value
+        return tuple(plain(*full))
+
+    return function, [x for x in (inputs[i] for i in moved) if x is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is derived: no tuple, in which vmap would look for tensors."""
+
+    fast: Callable[..., tuple[Tensor, ...]]
+    plain: Plain
+    needs: list[int]  # positions among the inputs
+    upstream: int  # how many tensors are upstream gradients
+    given: int  # and how many these and the inputs; the rest only `fast` takes
+
+    def derivative(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the inputs in `needs`, in PyTorch operations."""
+        function, primals = _of(self.plain, tensors[self.upstream :], self.needs)
+        return torch.func.vjp(function, *primals)[1](tensors[: self.upstream])
 
 
 class _Gradient(torch.autograd.Function):
@@ -26,42 +60,30 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        fast: Any, plain: Plain, needs: Sequence[int], split: tuple[int, int], *tensors: Any
-    ) -> tuple[Tensor, ...]:
-        return fast(*tensors)
+    def forward(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
+        return call.fast(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.plain, ctx.needs, (ctx.upstream, ctx.given), *tensors = inputs
-        ctx.save_for_backward(*tensors[: ctx.given])
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors[: ctx.call.given])
+        ctx.save_for_forward(*tensors[: ctx.call.given])
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
-        further = torch.is_grad_enabled()
-        with torch.enable_grad():
-            given = _aliases(ctx.saved_tensors)
-            upstream, inputs = given[: ctx.upstream], given[ctx.upstream :]
-            outputs = ctx.plain(*inputs)
-            needed = [x for x in (inputs[i] for i in ctx.needs) if x is not None]
-            first = torch.autograd.grad(
-                outputs, needed, upstream, create_graph=True,
-                materialize_grads=True,
-            )  # fmt: skip
         # what only the kernels take is a function of the inputs: it has no gradient of its own
-        own = ctx.needs_input_grad[4:]
-        wanted = [i for i in range(ctx.given) if own[i]]
-        sources = [x for x in (given[i] for i in wanted) if x is not None]
-        live = [(a, b) for a, b in zip(first, second, strict=True) if a.requires_grad]
+        own = ctx.needs_input_grad[1:]
+        wanted = [i for i in range(ctx.call.given) if own[i]]
+        function, primals = _of(ctx.call.derivative, ctx.saved_tensors, wanted)
         grads: list[Tensor | None] = [None] * len(own)
-        if live:
-            found = torch.autograd.grad(
-                [a for a, _ in live], sources, [b for _, b in live],
-                create_graph=further, allow_unused=True,
-            )  # fmt: skip
-            for i, grad in zip(wanted, found, strict=True):
-                grads[i] = grad
-        return (None, None, None, None, *grads)
+        for i, grad in zip(wanted, torch.func.vjp(function, *primals)[1](second), strict=True):
+            grads[i] = grad
+        return None, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        moved = given[1 : 1 + ctx.call.given]
+        return tangents(ctx.call.derivative, ctx.saved_tensors, moved)
 
 
 def gradients(
@@ -69,7 +91,7 @@ def gradients(
     plain: Plain,
     upstream: Sequence[Tensor],
     inputs: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The backward of an autograd.Function, itself differentiable where that is asked for.
@@ -81,21 +103,30 @@ def gradients(
         inputs, saved: the tensors that the forward took, and what it saved beside them.
         needs: which of them have a gradient.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    wanted = [i for i, need in enumerate(needs) if need]
+    if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         with torch.no_grad():
             return list(fast(*upstream, *inputs, *saved))
-    wanted = [i for i, need in enumerate(needs) if need]
 
     def kernels(*tensors: Any) -> tuple[Tensor, ...]:
         found = fast(*tensors)
         return tuple(g for g in (found[i] for i in wanted) if g is not None)
 
-    split = (len(upstream), len(upstream) + len(inputs))
-    marked = _Gradient.apply(kernels, plain, wanted, split, *upstream, *inputs, *saved)
+    call = _Call(kernels, plain, wanted, len(upstream), len(upstream) + len(inputs))
+    marked = _Gradient.apply(call, *upstream, *inputs, *saved)
     grads: list[Tensor | None] = [None] * len(needs)
     for i, grad in zip(wanted, marked, strict=True):
         grads[i] = grad
     return grads
+
+
+def _primal(value: Tensor) -> Tensor:
+    """Without the tangent of the forward mode that is innermost; vmap has no rule for that."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(value):
+        return forward_ad.unpack_dual(value).primal
+    level, dim = functorch.maybe_get_level(value), functorch.maybe_get_bdim(value)
+    return functorch._add_batch_dim(_primal(functorch.get_unwrapped(value)), dim, level)
 
 
 def tangents(
@@ -104,14 +135,11 @@ def tangents(
     """Forward mode: the tangent of each output. The backward pass is linear in the upstream
     gradient, and its own backward pass is the forward mode."""
     moved = [i for i, tangent in enumerate(given) if tangent is not None]
-
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
-        full = list(inputs)
-        for i, value in zip(moved, values, strict=True):
-            full[i] = value
-        return tuple(plain(*full))
-
-    primals = [x.detach() for x in (inputs[i] for i in moved) if x is not None]
-    outputs, pull = torch.func.vjp(function, *primals)[:2]
-    push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
-    return push(tuple(given[i] for i in moved))[0]
+    # autograd turns forward mode off here, and with it that of transforms around this one; what is
+    # on then is the one that asks, which the inputs must not carry
+    with forward_ad._set_fwd_grad_enabled(True):
+        own = [x if x is None else _primal(x) for x in inputs]
+        function, primals = _of(plain, own, moved)
+        outputs, pull = torch.func.vjp(function, *primals)[:2]
+        push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
+        return push(tuple(given[i] for i in moved))[0]

@@ -30,23 +30,34 @@ _REPLACED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
+# bound to the old module
+_OWN = ("_compiled_call_impl",)
+
+
+def _catch_up(old: nn.Module, new: nn.Module) -> None:
+    # a conversion makes new lists of weights, and only in the module that it converts
+    now = new.__dict__
+    old.__dict__.update({k: now[k] for k in old.__dict__ if k in now and k not in _OWN})
+
+
 class Swapped:
     """What `swap` did: `model`, the names of the modules replaced, `undo()`; a context manager."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names: list[str] = []
-        self._before: list[tuple[nn.Module, str, nn.Module]] = []
+        self._before: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self._root = model
 
     def undo(self) -> nn.Module:
-        """The modules as they were before; with the values that the parameters have now."""
-        for parent, name, old in reversed(self._before):
-            old.train(parent._modules[name].training)  # type: ignore[union-attr]
+        """The modules as they were before; with the parameters and attributes that they have now,
+        whatever was loaded, converted or set in between."""
+        for parent, name, old, new in reversed(self._before):
+            _catch_up(old, new)
             parent._modules[name] = old
         self._before.clear()
         if self.model is not self._root:
-            self._root.train(self.model.training)
+            _catch_up(self._root, self.model)
         self.model = self._root
         return self.model
 
@@ -64,7 +75,8 @@ def swap(model: nn.Module, *, kinds: tuple[type[nn.Module], ...] | None = None) 
         parent.name = fastlm.nn.GRU(...); parent.name.load_state_dict(old.state_dict())
 
     The Parameters are the same objects, so an optimizer goes on with them; hooks, buffers, names
-    and training mode stay. A subclass of one of these stays what it is.
+    and training mode stay. A subclass of one of these stays what it is, and so does a module whose
+    `forward` was replaced by hand; one that was compiled by itself is compiled no more.
 
     Args:
         model: changed in place; where it is itself such a module, `.model` is its replacement.
@@ -85,13 +97,13 @@ def swap(model: nn.Module, *, kinds: tuple[type[nn.Module], ...] | None = None) 
     made: dict[nn.Module, nn.Module] = {}
 
     def replacement(old: nn.Module) -> nn.Module | None:
-        if type(old) not in kinds:
+        if type(old) not in kinds or "forward" in old.__dict__:
             return None
         if old not in made:
             with torch.no_grad():
                 new = _REPLACED[type(old)](old)
             # the same dictionaries of parameters, buffers and hooks, beside what only ours has
-            new.__dict__.update(old.__dict__)
+            new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in _OWN})
             made[old] = new
         return made[old]
 
@@ -100,7 +112,7 @@ def swap(model: nn.Module, *, kinds: tuple[type[nn.Module], ...] | None = None) 
             new = None if old is None else replacement(old)
             if old is not None and new is not None:
                 parent._modules[name] = new
-                found._before.append((parent, name, old))
+                found._before.append((parent, name, old, new))
                 found.names.append(f"{path}.{name}" if path else name)
     top = replacement(model)
     if top is not None:

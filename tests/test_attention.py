@@ -186,6 +186,24 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, (q, k, v, slopes, sink, bias))
 
 
+def test_options_in_float32_beside_float64():
+    """Wide inputs are computed wide, whatever holds the options."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    options = [torch.rand(4), torch.randn(4), torch.randn(1, 4, 1, 13)]
+
+    def run(options: list[Tensor]) -> list[Tensor]:
+        slopes, sink, bias = options = [x.requires_grad_() for x in options]
+        out, lse = fastlm.attention(
+            q, k, v, alibi_slopes=slopes, sink=sink, bias=bias, return_lse=True
+        )
+        loss = out.sin().sum() + lse.cos().sum()
+        return [out, lse, *torch.autograd.grad(loss, (q, k, v, *options))]
+
+    narrow, wide = run(options), run([x.detach().double() for x in options])
+    for a, b in zip(narrow, wide, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
 def test_alibi_per_batch_and_sink_without_keys():
     q, k, v = qkv(shape=(2, 6, 2, 4, 4))
     sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -372,6 +390,19 @@ def test_opcheck_and_compile_with_every_argument():
     got = torch.autograd.grad(compiled(*leaves, ids), leaves)
     for a, b in zip(got, torch.autograd.grad(call(*leaves, ids), leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_number_of_packed_sequences_stays_dynamic():
+    """mark_dynamic raises where the trace makes a constant of a size."""
+    torch._dynamo.reset()
+    x, starts = torch.randn(9, 2, 8), torch.tensor([0, 2, 5, 9], dtype=torch.int32)
+    torch._dynamo.mark_dynamic(starts, 0)
+
+    def call(x, starts):
+        return fastlm.attention(x, x, x, layout="thd", cu_seqlens_q=starts, cu_seqlens_k=starts)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, starts), call(x, starts))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -314,6 +314,21 @@ def test_scores_far_apart(backend, dtype):
 
 
 @every_backend
+@pytest.mark.parametrize("factor", [3.0, 6.0])
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_gradients_where_lse_is_far_from_zero(backend, factor, with_sink):
+    """exp(s - lse) has the rounding of lse in it: the sum of a row's ds must not."""
+    q, k, v = qkv(rows=64, keys=64, size=64)
+    sink = 2 * factor**2 + factor * torch.randn(q.shape[2])  # among the largest scores of a row
+    args = [q * factor, k * factor, v] + [sink] * with_sink
+
+    def ours(q, k, v, sink=None):
+        return fastlm.attention(q, k, v, sink=sink)
+
+    testing.check(ours, lambda q, k, v, s=None: plain(q, k, v, sink=s)[0], args)
+
+
+@every_backend
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_values_stay_in_their_row(backend, value):
     """A bad query spoils its own row, and the gradient of its own row of q."""

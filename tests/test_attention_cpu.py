@@ -128,6 +128,16 @@ def test_lengths(dtype, rows, keys, poisoned):
     compare(make(dtype, 1, rows, keys, (3, 3), 16), {})
 
 
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 40), (24, 96)])
+def test_scores_that_grow_along_the_keys(sizes, poisoned):
+    """What a tile's probabilities are relative to is of no use to the next one: at the last keys,
+    some rows are beyond 2^128 and others still below 2^8."""
+    q, k, v = make(torch.float32, 1, 50, 420, (2, 1), *sizes)
+    q = q.abs() * torch.linspace(0.01, 1, 50)[:, None, None]
+    k = k.abs() * torch.linspace(0.1, 60, 420)[:, None, None]
+    compare([x.bfloat16() for x in (q, k, v)], {})
+
+
 @pytest.mark.parametrize("heads, keys", [((1, 1), 1100), ((16, 2), 140), ((3, 1), 600)])
 def test_backward_in_parts(heads, keys, poisoned):
     """Few heads: keys or the heads of a group are cut, and the parts are added up."""

@@ -26,18 +26,32 @@ def expected(q: Tensor, k: Tensor, v: Tensor, *extra: Any, **options: Any) -> Te
 
 
 PADDED = (torch.arange(12) >= torch.tensor([0, 5])[:, None])[:, None, None] & band(9, 12, right=0)
+# without a mask query i stands on key i: the rest of the keys is what a static cache has not filled
+TOP = torch.cat((band(9, 9, right=0), torch.zeros(9, 3, dtype=torch.bool)), 1)
+WINDOW = torch.cat((band(9, 9, 2, 0), torch.zeros(9, 3, dtype=torch.bool)), 1)
+BIAS = torch.randn(1, 4, 9, 12)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "causal": ({}, {"keep": band(9, 12, right=0)}),
+    "causal": ({}, {"keep": TOP}),
     "not causal": ({"is_causal": False}, {}),
-    "window": ({"sliding_window": 3}, {"keep": band(9, 12, 2, 0)}),
+    "window": ({"sliding_window": 3}, {"keep": WINDOW}),
     "softcap": (
         {"softcap": 2.0, "scaling": 0.5},
-        {"softcap": 2.0, "scale": 0.5, "keep": band(9, 12, right=0)},
+        {"softcap": 2.0, "scale": 0.5, "keep": TOP},
     ),
     "mask": ({"attention_mask": PADDED, "sliding_window": 2}, {"keep": PADDED}),
     "mask and softcap": (
         {"attention_mask": PADDED, "softcap": 1.0},
         {"keep": PADDED, "softcap": 1.0},
+    ),
+    "longer mask": (
+        {"attention_mask": torch.nn.functional.pad(PADDED, (0, 5), value=True)},
+        {"keep": PADDED},
+    ),
+    "bias": ({"position_bias": BIAS}, {"keep": TOP, "bias": BIAS}),
+    "bias, not causal": ({"position_bias": BIAS, "is_causal": False}, {"bias": BIAS}),
+    "bias and mask": (
+        {"position_bias": BIAS, "attention_mask": PADDED},
+        {"keep": PADDED, "bias": BIAS},
     ),
 }
 
@@ -62,6 +76,15 @@ def test_as_written_out(name: str, sink: bool) -> None:
         return out.where(alive.expand(2, 1, 9, 1)[:, 0, :, None], 0.0)
 
     testing.check(ours, theirs, args)
+
+
+@pytest.mark.parametrize("name", hf._NOT_WRITTEN)
+def test_what_is_not_written_is_refused(name: str) -> None:
+    """transformers' own "sdpa" has it in its mask, or computes something else."""
+    q = torch.randn(1, 2, 3, 8)
+    given = {name: torch.ones(2)}
+    with pytest.raises(NotImplementedError, match=f"Layer passes {name}, .*'eager'"):
+        hf.attention_forward(Layer(), q, q, q, None, **given)
 
 
 def test_one_query_sees_every_key() -> None:

@@ -324,6 +324,30 @@ def test_compile_and_transforms(backend, options):
     torch.testing.assert_close(mapped[1], call(*args))
 
 
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_in_the_place_of_pytorchs_own(monkeypatch):
+    """A program may put it there: calls that are PyTorch's still get PyTorch's answer."""
+    q, k, v = tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6))
+    cases = ({}, {"attn_mask": causal_upper_left(5, 7)}, {"attn_mask": causal_lower_right(5, 7)})
+    want = [F.scaled_dot_product_attention(q, k, v, **options) for options in cases]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    for options, expected in zip(cases, want, strict=True):
+        got = F.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
+        F.scaled_dot_product_attention(q, k, v, causal_upper_left(5, 7), is_causal=True)
+
+
+def test_dynamic_sizes_stay_dynamic():
+    """mark_dynamic raises where the trace makes a constant of a size."""
+    torch._dynamo.reset()
+    args = tensors((4, 2, 5, 8), (4, 2, 7, 8), (4, 2, 7, 8))
+    for x in args:
+        torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(sdpa, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args), sdpa(*args))
+
+
 def test_signature_and_lazy_import():
     names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
     parameters = inspect.signature(sdpa).parameters

@@ -49,6 +49,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("common", "embedding_gru", "tokens"):
         shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name)
     (folder / "fastlm").mkdir()
+    shutil.copy(ROOT / "fastlm" / "__init__.py", folder / "fastlm")  # it has the version
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCH", "FASTLM_BACKEND")}
     result = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],

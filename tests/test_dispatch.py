@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def op() -> Iterator[str]:
     name = "an_op_of_this_test"
     yield name
     dispatch._OPS.pop(name, None)
+    dispatch._usual.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +119,17 @@ def test_use_backend_is_undone_after_an_exception_and_nests() -> None:
     assert dispatch._forced is None
 
 
+def test_blocks_of_use_backend_may_overlap() -> None:
+    """As those of two threads do: what is asked for afterwards is what was before."""
+    first, second = fastlm.use_backend("cpu"), fastlm.use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch._forced == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch._forced is None
+
+
 def test_use_backend_rejects_an_unknown_name() -> None:
     with pytest.raises(ValueError, match="name must be one of cuda, .*got 'fast'"):
         with fastlm.use_backend("fast"):
@@ -142,7 +155,33 @@ def test_explain_runs_the_call_and_keeps_every_answer(
     assert "cpu        odd sizes" in str(answer) and "reference  runs" in str(answer)
     with fastlm.use_backend("cpu"):
         assert fastlm.explain(op, X)[0].chosen is None  # explained, not raised
-    assert dispatch._trace is None
+    assert dispatch._here.trace is None
+
+
+def test_explain_is_the_call_itself_and_nobody_elses(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the caller's mode of autograd, which can decide who runs; other threads are not heard."""
+    dispatch.register(op, "reference", returns("reference"))
+    modes = []
+
+    def public(x: torch.Tensor) -> None:
+        other = threading.Thread(target=chosen, args=(op,))
+        other.start()
+        other.join()
+        modes.append(torch.is_grad_enabled())
+        chosen(op, x=x)
+
+    monkeypatch.setattr(fastlm, op, public, raising=False)
+    monkeypatch.setattr(fastlm, "__all__", [*fastlm.__all__, op])
+    assert len(fastlm.explain(op, X)) == 1
+    with torch.no_grad():
+        assert len(fastlm.explain(op, X)) == 1
+    assert modes == [True, False]
+
+
+def test_explain_says_where_there_is_nothing_to_choose() -> None:
+    assert str(fastlm.explain("kl_estimate", X, X)) == "plain PyTorch: no op of fastlm runs"
 
 
 def test_explain_passes_on_what_the_call_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +194,7 @@ def test_explain_passes_on_what_the_call_raises(monkeypatch: pytest.MonkeyPatch)
         fastlm.explain("broken")
     with pytest.raises(ValueError, match="must be a public function of fastlm, got 'nothing'"):
         fastlm.explain("nothing")
-    assert dispatch._trace is None
+    assert dispatch._here.trace is None
 
 
 def test_backends_prints_a_table_with_long_reasons_below(op: str) -> None:

@@ -312,7 +312,7 @@ def test_token_plan() -> None:
         assert positions.tolist() == (ids.reshape(-1) == token).nonzero()[:, 0].tolist()
     _, weight, h0, *w = case(2, 3, 9, 4, 6)
     with_plan = ours(ids, weight, h0, *w, plan=plan)[0]
-    assert torch.equal(with_plan, ours(ids, weight, h0, *w)[0])
+    assert torch.equal(with_plan, ours(ids, weight, h0, *w, dedupe="batch")[0])
 
 
 BAD = [
@@ -348,7 +348,8 @@ def test_refuses_float64() -> None:
     if "cpu" in BACKENDS:
         with fastlm.use_backend("cpu"), pytest.raises(RuntimeError, match="dtype float64"):
             ours(tokens, *rest)
-    assert fastlm.explain("embedding_gru", tokens, rest[0], *rest[2:])[0].chosen == "reference"
+    assert chosen(tokens, rest[0], *rest[2:]) == ("gru", "torch")
+    assert chosen(tokens, rest[0], *rest[2:], dedupe="batch") == ("embedding_gru", "reference")
 
 
 def test_opcheck() -> None:
@@ -400,3 +401,81 @@ def test_an_embedding_of_more_than_2_31_values() -> None:
     torch.testing.assert_close(got, want)
     with pytest.raises(IndexError, match=rf"got {rows} at \[0, 0\]"):
         fastlm.embedding_gru(torch.tensor([[rows]]), row.expand(rows, 8), *w)
+
+
+def chosen(tokens: Tensor, weight: Tensor, *w: Tensor, **options: object) -> tuple[str, str | None]:
+    first = fastlm.explain("embedding_gru", tokens, weight, *w, **options)[0]
+    return first.op, first.chosen
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="nothing else runs")
+def test_few_tokens_are_embedded_first() -> None:
+    """Embedding and `gru`, which runs PyTorch's kernel where that is faster; `explain` says so."""
+    _, weight, _, *w = case(2, 3, 9, 4, 6)
+    few, many = torch.randint(9, (2, 3)), torch.randint(9, (3, 2**17))
+    assert chosen(few, weight, *w) == chosen(few.int(), weight, *w) == ("gru", "torch")
+    assert chosen(few[0, :1], weight, *w, h0=torch.zeros(6)) == ("gru", "torch")
+    assert chosen(few.repeat(1, 3), weight, *w) == ("gru", "cpu")
+    large = case(32, 1, 9, 512, 512)
+    assert chosen(large[0], large[1], *large[3:]) == ("embedding_gru", "cpu")
+    assert chosen(many, weight, *w) == ("embedding_gru", "cpu")
+    wide = [x.double() for x in (weight, *w)]
+    assert chosen(few.repeat(1, 9), *wide) == ("gru", "torch")
+    plan, starts = fastlm.token_plan(few, 9), torch.zeros(2, 3)
+    for options in (
+        {"dedupe": "batch"}, {"plan": plan}, {"reset": starts}, {"save": "hidden"},
+        {"precision": "bf16"}, {"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True},
+        {"embedding_dropout": 0.5, "training": True},
+    ):  # fmt: skip
+        assert chosen(few, weight, *w, **options) == ("embedding_gru", "cpu"), options
+    assert chosen(few, weight, *w, lengths=torch.tensor([3, 2]))[1] == "cpu"
+    assert chosen(few, *(x.bfloat16() for x in (weight, *w))) == ("embedding_gru", "cpu")
+    for backend in BACKENDS:
+        with fastlm.use_backend(backend):
+            assert chosen(few, weight, *w) == ("embedding_gru", backend)
+    with fastlm.use_backend("torch"):
+        assert chosen(few.repeat(1, 9), weight, *w) == ("gru", "torch")
+        with pytest.raises(RuntimeError, match="no backend takes this forward call"):
+            ours(few, weight, torch.zeros(2, 6), *w, reset=starts)
+
+
+@pytest.mark.parametrize("steps", (1, 3, 9))
+def test_the_gradients_of_few_tokens(steps: int) -> None:
+    tokens, *floats = case(3, steps, 9, 8, 21)
+    testing.check(ours, plain, (tokens, *floats))
+    leaves = [x.clone().requires_grad_() for x in floats]
+    out, h_n = ours(tokens.t(), *leaves, batch_first=False, padding_idx=int(tokens[0, 0]) - 9)
+    want = plain_gru(
+        torch.nn.functional.embedding(tokens, leaves[0], int(tokens[0, 0])), *leaves[1:]
+    )
+    torch.testing.assert_close((out.transpose(0, 1), h_n), want)
+    for a, b in zip(
+        torch.autograd.grad(out.square().sum(), leaves),
+        torch.autograd.grad(want[0].square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    model = fastlm.nn.EmbeddingGRU(9, 8, 21, 2, bidirectional=True, padding_idx=2)
+    states = torch.randn(4, 3, 21)
+    with fastlm.use_backend("reference"):
+        want = model(tokens, states)
+    torch.testing.assert_close(model(tokens, states), want)
+    one = model(tokens[0], states[:, 0])
+    torch.testing.assert_close(one, (want[0][0], want[1][:, 0]))
+    with pytest.raises(IndexError, match=r"nn.EmbeddingGRU|embedding_gru: tokens must be in"):
+        model(tokens + 9)
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("dedupe", ("auto", "batch"))
+def test_dropout_between_layers_draws_what_torch_draws(batch_first: bool, dedupe: str) -> None:
+    """The same seed as for nn.Embedding and nn.GRU, whatever runs."""
+    model = fastlm.nn.EmbeddingGRU(9, 4, 6, 3, dropout=0.4, batch_first=batch_first, dedupe=dedupe)
+    theirs = torch.nn.GRU(4, 6, 3, dropout=0.4, batch_first=batch_first)
+    theirs.load_state_dict(model.gru.state_dict())
+    for tokens in (torch.randint(9, (3, 2)), torch.randint(9, (3, 11))):
+        results = []
+        for run in (model, lambda tokens: theirs(model.embedding(tokens))):
+            torch.manual_seed(1)
+            results.append(run(tokens))
+        torch.testing.assert_close(*results)

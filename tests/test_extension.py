@@ -11,7 +11,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+from test_layout import project_files
 
+import fastlm
 from fastlm import dispatch, extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,11 @@ def test_the_loaded_library_tells_what_it_is() -> None:
     assert "torch stable ABI" in extension.build_info()
 
 
+def test_a_library_of_older_sources_is_told() -> None:
+    with pytest.raises(RuntimeError, match="_C.so has no kernel_of_tomorrow, .*pip install"):
+        extension.raw("kernel_of_tomorrow")
+
+
 FORCED = """
 import os
 from fastlm import extension
@@ -150,9 +157,40 @@ def source(package: Path) -> Path:
     return package
 
 
+# setup.py needs no torch until it compiles
+SETUP = """
+import sys, types
+sys.modules["torch"] = types.ModuleType("torch")
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py"})
+"""
+
+
+def test_a_source_distribution_holds_all_sources_and_nothing_built(tmp_path: Path) -> None:
+    result = run([sys.executable, "-c", SETUP, "-q", "egg_info", "--egg-base", str(tmp_path)], ROOT)
+    assert result.returncode == 0, result.stderr
+    made = tmp_path / "fastlm.egg-info"
+    assert f"\nVersion: {fastlm.__version__}\n" in (made / "PKG-INFO").read_text("utf-8")
+    held = {ROOT / name for name in (made / "SOURCES.txt").read_text().splitlines()}
+    needed = {p for p in project_files() if p.parent != ROOT or p.suffix == ".toml"}
+    assert {p for p in needed - held if p.parts[len(ROOT.parts)] != ".ci"} == set()
+    assert not {p for p in held if p.suffix in (".so", ".pyc") or "failure" in p.name}
+
+
+def test_a_source_without_its_kernels_is_an_error(source: Path) -> None:
+    shutil.rmtree(source / "csrc")
+    result = run([sys.executable, "-c", SETUP, "-q", "build", "--build-lib", "out"], source)
+    assert result.returncode == 1 and "has no csrc/" in result.stderr
+
+
 def test_install_without_a_compiler_keeps_the_reason(source: Path) -> None:
     build = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", "out"]
+    # left by an earlier install, and by one of another Python in place
+    old = [source / "out/fastlm/gone.py", source / "fastlm/_tokens.cpython-39-x86_64.so"]
+    old[0].parent.mkdir(parents=True)
+    for path in old:
+        path.touch()
     result = run(build, source, CXX="missing-compiler")
+    assert not {path.name for path in old} & {p.name for p in (source / "out/fastlm").iterdir()}
     assert result.returncode == 0, result.stderr
     assert "installing without compiled kernels" in result.stderr
     note = (source / "out" / "fastlm" / "_build_failure.txt").read_text()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, func, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import rnn
 
 import fastlm
@@ -492,3 +494,70 @@ def test_function_transforms() -> None:
     plain = torch.func.jvp(lambda p: loss(theirs, p, x), (parameters,), (tangent,))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("outer", ["jacrev", "jacfwd"])
+@pytest.mark.parametrize("inner", ["jacrev", "jacfwd"])
+def test_transforms_of_transforms(outer: str, inner: str) -> None:
+    """A second derivative by either mode of either mode; none is missing."""
+    module, theirs = fastlm.nn.GRU(3, 2).double(), nn.GRU(3, 2).double()
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(3, 1, 3).double()
+
+    def twice(m: nn.Module) -> Tensor:
+        first = getattr(torch.func, inner)(lambda x: m(x)[0].square().sum())
+        return getattr(torch.func, outer)(first)(x)
+
+    with fastlm.use_backend("reference"):
+        got = twice(module)
+    torch.testing.assert_close(got, twice(theirs))
+
+
+NESTED = {
+    "hessian": lambda f, w, v: func.hessian(f)(w),
+    "jvp of grad": lambda f, w, v: func.jvp(func.grad(f), (w,), (v,))[1],
+    "grad of jvp": lambda f, w, v: func.grad(lambda w: func.jvp(f, (w,), (v,))[1])(w),
+    "jvp of jvp": lambda f, w, v: func.jvp(
+        lambda w: func.jvp(f, (w,), (v,))[1], (w,), (v,)
+    )[1],
+    "backward of dual numbers": lambda f, w, v: backward_of_dual(f, w, v),
+}  # fmt: skip
+
+
+def backward_of_dual(f: Callable, w: Tensor, v: Tensor) -> Tensor:
+    w = w.clone().requires_grad_()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(w, v))).tangent
+        return torch.autograd.grad(tangent, w)[0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("how", NESTED)
+def test_forward_mode_beside_other_derivatives(how: str, dtype: torch.dtype) -> None:
+    module, theirs = (g(3, 4, dtype=dtype) for g in (fastlm.nn.GRU, nn.GRU))
+    x, w = torch.randn(6, 2, 3, dtype=dtype), module.weight_hh_l0.detach()
+    v = torch.randn_like(w)
+    theirs.load_state_dict(module.state_dict())
+
+    def loss(module: nn.Module) -> Callable:
+        return lambda w: func.functional_call(module, {"weight_hh_l0": w}, (x,))[0].square().sum()
+
+    got, want = (NESTED[how](loss(m), w, v) for m in (module, theirs))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("steps", (2, 6))
+def test_vmap_where_torch_would_take_the_call(steps: int, dtype: torch.dtype) -> None:
+    """PyTorch's own GRU has no rule for it."""
+    dense = fastlm.nn.GRU(3, 4, num_layers=2, dtype=dtype)
+    embedded = fastlm.nn.EmbeddingGRU(9, 3, 4, dtype=dtype)
+    x, tokens = torch.randn(5, steps, 2, 3, dtype=dtype), torch.randint(9, (5, 2, steps))
+    for module, given in ((dense, x), (embedded, tokens)):
+        got = func.vmap(lambda x, module=module: module(x)[0])(given)
+        torch.testing.assert_close(got, torch.stack([module(one)[0] for one in given]))
+    results = [
+        torch.autograd.functional.jacobian(lambda x: dense(x)[0], x[0], **how)
+        for how in ({}, {"vectorize": True, "strategy": "forward-mode"})
+    ]
+    torch.testing.assert_close(*results)

@@ -17,6 +17,7 @@ TRITON_FILES = tuple(
     f"triton_{name}.py" for name in ("kernels", "forward", "backward", "rows", "bias")
 )
 CORE_DEPENDENCIES = {"torch", "numpy", "fastlm", "__future__", *sys.stdlib_module_names}
+CORE_DEPENDENCIES.add("typing_extensions")  # torch needs it too; only type checkers read it here
 # what stands above the ops, so that nothing in ops/ or below may know it
 ABOVE_OPS = ("fastlm.nn", "fastlm.lm", "fastlm.compat", "fastlm.swap", "fastlm.bench")
 # style: files of 400 lines, functions of 60; a tenth and a quarter more are not worth an argument
@@ -175,6 +176,13 @@ def test_kernels_do_not_know_torch() -> None:
             if path.stem.endswith("_cpu") and include.startswith("<") and include != "<cstdint>":
                 found.append(f"{path.relative_to(ROOT)}: {include}")
     assert not found
+
+
+def test_kernels_take_what_not_every_compiler_has_from_one_place() -> None:
+    """GCC 11 has no __builtin_shufflevector, clang no __builtin_shuffle."""
+    sources = (p for p in project_files() if p.suffix in (".cpp", ".h") and "csrc" in p.parts)
+    found = {p.name for p in sources if "__builtin_shuffle" in p.read_text()}
+    assert found == {"vec.h"}
 
 
 def test_files_and_functions_are_short() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import checks, dispatch, library
@@ -87,3 +88,40 @@ def test_compiles_whole_with_any_size() -> None:
     for size in (1, 3, 8):
         x = torch.randn(size)
         assert torch.equal(compiled(x), 2 * x + 1)
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @library.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * dout
+
+
+def test_a_second_derivative_raises_however_it_is_asked_for() -> None:
+    def square(x: Tensor) -> Tensor:
+        return _Square.apply(x).sum()
+
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    for allow_unused in (False, True):
+        (first,) = torch.autograd.grad(square(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(first.sum(), x, allow_unused=allow_unused)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.functional.hessian(square, x.detach())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.functional.hvp(square, x.detach(), torch.ones(3).double())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.gradgradcheck(square, x)
+
+
+def test_the_first_derivative_with_a_graph_under_a_checkpoint() -> None:
+    """It hands out what was saved once."""
+    x = torch.randn(3, requires_grad=True)
+    out = checkpoint(_Square.apply, x, use_reentrant=False)
+    (first,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    torch.testing.assert_close(first, 2 * x)

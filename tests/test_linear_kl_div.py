@@ -138,6 +138,7 @@ def test_one_class_is_certain(backend, divergence):
     assert all(float(a.grad.abs().max()) == 0 for a in args[:3])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("divergence", KINDS)
 def test_gradcheck(divergence):
     args = make(4, 3, 2, 5, FLOAT64)
@@ -304,6 +305,7 @@ def test_no_gradient_for_the_teacher(backend):
     assert not frozen.requires_grad
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivative_is_refused(backend, widest, reduction):
     args = [a.requires_grad_() for a in make(3, 2, 2, 4, widest)]
@@ -313,6 +315,7 @@ def test_second_derivative_is_refused(backend, widest, reduction):
         grad.sum().backward()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_teacher_of_another_dtype():
     student, weight, bias, teacher, *head = make(5, 3, 4, 9, torch.float32)
     half = [x.bfloat16() for x in (teacher, *head)]
@@ -448,6 +451,7 @@ def test_confident_models(backend):
             )
 
 
+@pytest.mark.usefixtures("kernels")
 def test_which_backend_takes_a_call():
     args = make(3, 2, 2, 5, FLOAT64)
     names = ("student", "student_weight", "teacher", "teacher_weight")

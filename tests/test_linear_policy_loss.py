@@ -89,6 +89,7 @@ def agree(values, target, advantages, **call):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mode", [None, *MODES])
 @pytest.mark.parametrize("loss_type", AGGREGATION)
 def test_is_policy_loss_of_the_logprobs(loss_type, mode):
@@ -108,6 +109,7 @@ def test_is_policy_loss_of_the_logprobs(loss_type, mode):
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("is_mode", ["truncate", "mask"])
 @pytest.mark.parametrize("loss_type", ["ppo", "cispo", "gspo"])
@@ -132,6 +134,7 @@ def test_options(loss_type, is_mode, estimator):
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("loss_type", ["reinforce", "ppo", "gspo"])
 def test_without_options(loss_type):
     values = layer()
@@ -139,6 +142,7 @@ def test_without_options(loss_type):
     agree(values, target.clamp(max=V - 1), advantages[:, 0], loss_type=loss_type)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_of_the_aggregation(mode):
     values, keep = torch.randn(B, T).double(), torch.rand(B, T) < 0.5
@@ -207,6 +211,7 @@ def test_rows_without_gradient_are_left_out(backend, what, bias, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)))
 def test_frozen_parts(needed):
     values = [v.detach().requires_grad_(n) for v, n in zip(layer(), needed, strict=True)]
@@ -237,6 +242,7 @@ def my_loss(log_p, entropy, weight):
     return (log_p * weight).square() + torch.sin(log_p) * entropy - 0.1 * entropy.square()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("masked", [True, False])
 def test_row_loss(mode, masked):
@@ -284,6 +290,7 @@ def test_row_loss_may_ignore_what_it_is_given(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradcheck():
     values = layer()
     target, advantages, rest = batch(values)
@@ -365,6 +372,7 @@ def test_autocast(backend):
     assert values[1].grad.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("kernels")
 def test_second_derivative_raises():
     values = layer()
     target, advantages, rest = batch(values)

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastlm
 from fastlm import matmul
 from fastlm.dispatch import ready
-from fastlm.ops.linear_row_statistics import chunks, slices
+from fastlm.ops.linear_row_statistics import chunks, rounding, slices
 from fastlm.ops.linear_row_statistics.chunks import Layer, chunk_of
 from fastlm.testing import check
 
@@ -381,3 +381,34 @@ def test_opcheck_accumulate(backend):
     op(*args, into)
     want = torch.ops.fastlm.linear_row_statistics_backward(*args)[1]
     torch.testing.assert_close(into - 1, want)
+
+
+def test_the_weight_gradient_of_one_chunk_is_rounded_in_slices(monkeypatch, peak_bytes):
+    """No sum over chunks is held in float32 beside it."""
+    rows, features, classes = 9, 16, 300
+    target = torch.arange(rows) * 7
+    x, w = torch.randn(rows, features).bfloat16(), torch.randn(classes, features).bfloat16()
+    monkeypatch.setattr(rounding, "_SLICE_BYTES", 1)  # slices of 64 classes, the last one shorter
+
+    def plain(x, w):
+        return F.cross_entropy(F.linear(x, w), target)
+
+    with fastlm.use_backend("reference"):
+        check(lambda x, w: fastlm.linear_cross_entropy(x, w, target), plain, (x, w))
+    if "cpu" in ready("linear_cross_entropy"):
+        with fastlm.use_backend("cpu"):
+            check(lambda x, w: fastlm.linear_cross_entropy(x, w, target), plain, (x, w))
+    wide = torch.randn(20_000, 128).bfloat16().requires_grad_()
+    narrow = torch.randn(4, 128).bfloat16()
+    target = target[:4]
+    check(
+        lambda x, w: fastlm.linear_cross_entropy(x, w, target),
+        lambda x, w: F.cross_entropy(F.linear(x, w), target),
+        (narrow, wide.detach()),
+    )
+
+    def step():
+        loss = fastlm.linear_cross_entropy(narrow, wide, target)
+        return torch.autograd.grad(loss, wide)
+
+    assert peak_bytes(step) < 1.5 * wide.numel() * 2 + 3 * 4 * 4 * 20_000

@@ -10,6 +10,7 @@ import re
 import resource
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from fastlm.lm import checkpoint, cli, data, errors, files, machine
 from fastlm.lm.tokenizer import BPETokenizer, ByteTokenizer
 
 TINY = "--tokenizer bytes --hidden 16 --batch 4 --seq 16 --evals 1 --eval-tokens 100 --quiet"
+LOUD = TINY.replace("--quiet", "--log-every 0")
+RL = "rl {w}/run --reward {w}/judge --batch 4 --group 2 --prompt 4 --length 4"
+DPO = "dpo --model {w}/run --preferences {w}/two.jsonl --batch 1 --data {w}/good.txt"
 PAIR = {"prompt": "see ", "chosen": "cat", "rejected": "dog"}
 
 
@@ -41,11 +45,21 @@ def bad_texts(folder: Path) -> None:
         "broken.jsonl": b"{\n[1]\n",
         "number.jsonl": b'{"text": 5}\n',
         "no_origin.jsonl": json.dumps(PAIR).encode(),
+        "na\udcffme.txt": text.replace("\n", "\r\n").encode(),  # bytes that are no text
+        "half.jsonl": b'{"text": "some text, \\ud83d\\ude00 and \\udc00"}\n',
+        "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"\n",
+        "questions.jsonl": b'{"prompt": "", "a": "x", "b": "y"}\n',
+        "two.jsonl": "".join(
+            json.dumps({**PAIR, "prompt": p, "provenance": "human:me"}) + "\n" for p in "xyz"
+        ).encode(),
         "prefs.jsonl": json.dumps({**PAIR, "provenance": "human:me"}).encode(),
     }
     for name, raw in content.items():
         (folder / name).write_bytes(raw)
     (folder / "folder").mkdir()
+    (folder / "loop").symlink_to("loop")
+    (folder / "clean").mkdir()
+    (folder / "clean" / "report.json").write_text('{"read": 1, "kept": 1}')
 
 
 def flip(model: Path) -> None:
@@ -243,12 +257,55 @@ OTHERS = [
     Case("data stats {w}/good.txt --encoding zip", USE, "unknown encoding 'zip'"),
     Case("data stats {w}/good.txt --encoding utf-16", BAD, r"good.txt: not UTF-16 \(.*BOM"),
     Case("train --patience 0", USE, "patience must be at least 1, got 0"),
-    Case("train --weight-decay nan", USE, "weight_decay and clip must be finite"),
-    Case("train --seed 99999999999999999999", USE, r"seed must be in \[-2"),
+    Case("train --weight-decay nan", USE, "--weight-decay: must be a finite number, got nan"),
+    Case("train --save-every nan", USE, "--save-every: must be a finite number, got nan"),
+    Case("train --log-every inf", USE, "--log-every: must be a finite number, got inf"),
+    Case("train --log-every -1", USE, "--log-every must not be negative, got -1"),
+    Case(
+        "train --data {w}/good.txt --save-every -1 --out {out}", USE, "save_every must not be neg"
+    ),
+    Case("rl {w}/run --reward {w}/judge --save-every -1 --out {out}", USE, "save_every must not"),
+    Case("train --hidden 99999999999999999999", USE, "--hidden: must be at most 2,147,483,647"),
+    Case("train --set model.hidden=99999999999", USE, "model.hidden must be at most 2,147,483,647"),
+    Case("generate {w}/run --presence-penalty inf", USE, "--presence-penalty: must be a finite"),
+    Case("generate {w}/run --seed 18446744073709551616", USE, r"--seed: must be in \[-2\*\*63"),
+    Case("train --set train.lr=inf", USE, "train.lr must be a finite number, got inf"),
+    Case("train --layers 1000000", USE, "layers must be at most 4,096, got 1,000,000"),
+    Case("train --hidden 0", USE, "hidden must be at least 1, got 0"),
+    Case("train --workers 1000 --data {w}/good.txt --out {out}", USE, "workers must be at most 64"),
+    Case("train --threads 5000", USE, "--threads must be at most 1,024, got 5,000"),
+    Case(
+        "train --data {w}/good.txt --model transformer --z-loss -1 --out {out}",
+        USE,
+        "z_loss must be finite and not negative, got -1",
+    ),
+    Case("data stats {w}/good.txt --min-characters -1", USE, "min_characters must not be negative"),
+    Case("bench recall --pairs 0", USE, "pairs must be at least 1, got 0"),
+    Case("bench recall --threads 0", USE, "--threads must be at least 1, got 0"),
+    Case("train --data {w}/good.txt --learn all", USE, "--learn is for --pairs, not for text"),
+    Case("train --out {w}/run --model transformer", USE, "is of --model gru, not transformer"),
+    Case("summarize {w}/run --sentences 0 {w}/good.txt", USE, "at least 1 sentence, got 0"),
+    Case("eval {w}/run --samples 2 {w}/none.txt", BAD, "none.txt: no such file"),
+    Case("report {w}/clean", BAD, "clean: not the report of a run"),
+    Case("report {w}/judge", BAD, "judge: neither report.json nor metrics.jsonl"),
+    # a name that cannot be one, a file that is not what it says
+    Case("train --data ''", USE, "--data: a name of a file or folder is empty"),
+    Case("data stats ''", BAD, "a name of a file or folder is empty"),
+    Case("train --data {w}/loop", USE, "--data .*loop: Symlink loop|--data .*loop: .*symbolic"),
+    Case("train --data {w}/na\udcffme.txt", USE, "a name that is not UTF-8; rename it"),
+    Case("train --data -", USE, "standard input can be read once only"),
+    Case("data stats {w}/deep.jsonl", BAD, "deep.jsonl: no usable record .*nested too deeply"),
+    Case("prefs check {w}/deep.jsonl", BAD, "line 1: nested too deeply"),
+    Case("generate {w}/run --prompts {w}/deep.jsonl", BAD, "line 1: no JSON: nested too deeply"),
+    Case("prefs label {w}/questions.jsonl --out {w}/number.jsonl", BAD, "line 1 is no answer of"),
+    Case("prefs label {w}/questions.jsonl --out {w}/latin.txt", BAD, "no answers of prefs label"),
+    Case("prefs label {w}/questions.jsonl --out {w}/folder", USE, "folder: cannot be read"),
+    Case("train --seed 99999999999999999999", USE, r"seed:? must be in \[-2"),
     Case("eval {w}/run --samples -1", USE, "--samples must not be negative, got -1"),
     Case("generate {w}/run --top-p 3", USE, r"top_p must be in \[0, 1\], got 3"),
     Case("prefs from-model {w}/run --out {out} --count 0", USE, "--count must be at least 1"),
-    Case("rl {w}/run --reward {w}/judge --out {out} --lr nan", USE, "lr and temp.*above 0"),
+    Case("rl {w}/run --reward {w}/judge --out {out} --lr nan", USE, "--lr: must be a finite"),
+    Case("rl {w}/run --reward {w}/judge --out {out} --lr 0", USE, "lr and temp.*above 0"),
     Case(
         "train --out {w}/run --budget 3steps --allow-change budgte",
         USE,
@@ -282,7 +339,13 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    "name, counted", [("few_nul.txt", "control"), ("crlf.txt", "line endings")]
+    "name, counted",
+    [
+        ("few_nul.txt", "control"),
+        ("crlf.txt", "line endings"),
+        ("na\udcffme.txt", "line endings"),
+        ("half.jsonl", "halves"),
+    ],
 )
 def test_what_can_be_cleaned_is_no_error(
     name: str, counted: str, world: Path, capsys: pytest.CaptureFixture[str]
@@ -292,12 +355,81 @@ def test_what_can_be_cleaned_is_no_error(
     assert sum(n for what, n in counts.items() if counted in what) > 0
 
 
+@pytest.mark.parametrize(
+    "command, code, made",
+    [
+        (f"train --data {{w}}/good.txt --out {{out}} --budget 99steps {LOUD}", 130, "checkpoints"),
+        (f"{RL} --budget 99steps --out {{out}}", 130, "checkpoints"),
+        (f"{DPO} --budget 99steps --out {{out}}", 130, "checkpoints"),
+        ("reward {w}/prefs.jsonl --model {w}/run --out {out} --budget 1steps", 0, "manifest.json"),
+        ("data tokenize {w}/good.txt --out {out} --tokenizer bytes", 0, "manifest.json"),
+        ("prefs from-model {w}/run --count 2 --tokens 4 --out {out}", 0, ""),
+        ("generate {w}/run --max-new-tokens 2", 0, None),
+        ("doctor --json", 0, None),
+        ("data stats {w}/good.txt", 0, None),
+    ],
+)
+def test_nobody_reads_any_more(
+    command: str,
+    code: int,
+    made: str | None,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    out = tmp_path / "out"
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert code_of(command.format(w=world, out=out)) == code
+    said = capsys.readouterr().err
+    if code == errors.INTERRUPTED:
+        assert "interrupted and saved" in said and checkpoint.newest(out) is not None
+    else:
+        assert said == ""
+    assert made is None or (out / made).exists()
+
+
+def test_a_run_among_its_text_is_not_read(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(world / "good.txt", tmp_path / "good.txt")
+    monkeypatch.chdir(tmp_path)
+    command = f"train --data . --out runs/a {TINY} --budget"
+    assert code_of(f"{command} 1steps") == errors.OK
+    assert code_of(f"{command} 2steps --allow-change budget") == errors.OK
+    assert code_of("data stats . --json") == errors.OK
+    assert json.loads(capsys.readouterr().out)["kept"] == 1
+    assert code_of("data stats runs/a") == errors.BAD_INPUT
+
+
 def test_resume_with_another_tokenizer_is_refused(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = f"train --data {world}/good.txt --out {world}/run --tokenizer bpe --vocab 300 --quiet"
     assert code_of(command) == errors.USAGE
     assert re.search(r"data.tokenizer: \w+ -> \w+", one_line(capsys))
+
+
+def test_a_text_that_has_changed_since_the_training(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    shutil.copyfile(world / "good.txt", text)
+    options = f"{TINY} --tokenizer bpe --vocab 300 --budget 1steps"
+    assert code_of(f"train --data {text} --out {run} {options}") == errors.OK
+    text.write_text("quite other words, " * 500)
+    remedies = {
+        f"eval {run}": "name a text: fastlm eval .*run PATH",
+        f"rl {run} --reward {world}/judge --out {tmp_path}/rl": "give --data and --holdout as in",
+    }
+    for command, remedy in remedies.items():
+        assert code_of(command) == errors.BAD_INPUT
+        said = one_line(capsys)
+        assert re.search(f"tokenizer is not that of this text; .*{remedy}", said), said
+        assert command.startswith("rl") or "--data" not in said
 
 
 @pytest.mark.parametrize("limit", [10, 2000, 40_000])

@@ -19,7 +19,7 @@ import strikes
 import torch
 
 from fastlm.lm import checkpoint, files
-from fastlm.lm.errors import CheckpointError, MissingExtra, OutOfSpace
+from fastlm.lm.errors import CheckpointError, MissingExtra, OutOfSpace, UsageError
 from fastlm.lm.tokenizer import ByteTokenizer
 
 
@@ -245,6 +245,26 @@ def test_a_torn_line_is_dropped(tmp_path: Path, torn: str) -> None:
     path.write_text(torn)
     files.Lines(path).close()
     assert path.read_text() == ""
+
+
+def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = files.Lines(path)
+
+    def other() -> int:
+        """What another process hears."""
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            files.Lines(path).write("2")
+        except UsageError as error:
+            os._exit(7 if "another process writes to it" in str(error) else 8)
+        os._exit(0)
+
+    lines.write("1")
+    assert other() == 7 and path.read_text() == "1\n"
+    lines.close()
+    assert other() == 0 and path.read_text() == "1\n2\n"
 
 
 def test_nothing_is_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import results_of, run_world
+from ranks import Collectives, results_of, run_world
 
 from fastlm.lm import checkpoint, cli, config, data, distributed, preparation, trainer
 from fastlm.lm.errors import OtherRank, TrainingError, UsageError
@@ -147,10 +147,31 @@ def masks(kind: str, way: str, accumulate: int = 1) -> None:
     alone.lanes = Masked(alone.lanes)
     ours.lanes = ours.ranks.rows_of(Masked(ours.lanes._batches), 6)
     found = [[run.step() for _ in range(5)] for run in (alone, ours)]
-    assert math.isnan(found[0][2]) and math.isnan(found[1][2])
-    assert alone.counters.skipped == ours.counters.skipped == 1
-    torch.testing.assert_close(*torch.tensor(found, dtype=torch.float64), equal_nan=True)
+    assert found[0][2] == found[1][2] == 0.0  # no target at all: nothing is skipped, no rank waits
+    assert alone.counters.skipped == ours.counters.skipped == 0
+    torch.testing.assert_close(*torch.tensor(found, dtype=torch.float64))
     assert_same_parameters(alone, ours)
+
+
+def parts_are_summed_once(kind: str, way: str) -> None:
+    """Over the ranks, as a batch in one part is; behind the last target that counts too."""
+    calls = []
+    for accumulate, counted in [(1, 6), (3, 6), (3, 4)]:
+        ours = make(kind, way, replace(SMALL, accumulate=accumulate))
+        real = ours.lanes.next
+
+        def read(real: Callable[[], Any] = real, counted: int = counted) -> Any:
+            tokens, targets, fresh = real()
+            targets[counted // WORLD :] = distributed.IGNORED
+            return tokens, targets, fresh
+
+        ours.lanes.next = read
+        ours.step()  # DDP chooses what it sums together in the first one
+        with Collectives() as seen:
+            ours.step()
+        assert ours.counters.skipped == 0
+        calls.append({name: seen.calls[name] for name in ("allreduce_", "_reduce_scatter_base_")})
+    assert calls[0] == calls[1] == calls[2] and sum(calls[0].values()) > 0
 
 
 def not_finite(kind: str, way: str, where: str) -> None:
@@ -207,7 +228,8 @@ def saved_in(out: Path) -> checkpoint.Checkpoint:
 def resume(kind: str, way: str) -> None:
     """A signal to one rank stops both; what they go on with is the run that nobody stopped."""
     out = FOLDER / f"run-{kind}-{way}"
-    settings = replace(SMALL, patience=9)  # the best parameters are part of a checkpoint
+    # the best parameters are part of a checkpoint
+    settings = replace(SMALL, patience=9, accumulate=3)
     whole = make(kind, way, settings, dropout=0.3)
     assert whole.fit().stopped == "budget"
     part = make(kind, way, settings, dropout=0.3, out=out, on_step=rank_of_signal(1, 7))
@@ -375,6 +397,7 @@ CASES: dict[str, Callable[[], None]] = dict(
         of(recomputed_layers),
         *(of(masks, *each) for each in EVERY),
         *(of(masks, *each, 3) for each in EVERY),
+        *(of(parts_are_summed_once, *each) for each in EVERY),
         of(not_finite, "gru", "ddp", "loss"),
         of(not_finite, "gru", "ddp", "gradient"),
         of(not_finite, "transformer", "fsdp2", "loss"),

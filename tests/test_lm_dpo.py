@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import testing
-from fastlm.lm import checkpoint, cli, data, errors, objectives, pairs, preferences
+from fastlm.lm import checkpoint, cli, data, dpo, errors, objectives, pairs, preferences
 from fastlm.lm.dpo import DPO, Step
 from fastlm.lm.errors import InputError, TrainingError, UsageError
 from fastlm.lm.model import GRULM, PlainGRULM
@@ -175,6 +176,22 @@ def test_reference_is_of_the_start_and_dropout_is_off() -> None:
     assert (result.before.margin, result.before.accuracy.value) == (0.0, 0.5)
 
 
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_model_in_half_precision(kind: Any) -> None:
+    model = make(kind).to(torch.bfloat16)
+    before = dpo.fingerprint(model)
+    result = DPO(model, TOKENIZER, some(20), DPOConfig(budget="5steps", batch=8, lr=0.05)).fit()
+    assert result.after.loss < result.before.loss and dpo.fingerprint(model) != before
+
+
+def test_the_fingerprint_is_of_the_bytes() -> None:
+    model = make()
+    hasher = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        hasher.update(name.encode() + value.numpy().tobytes())
+    assert dpo.fingerprint(model) == hasher.hexdigest()
+
+
 def test_nothing_held_out_is_trained_on() -> None:
     found = some(60) + [preference(p.prompt, p.chosen, "zz") for p in some(60)]
     run = DPO(make(), TOKENIZER, found, DPOConfig(batch=7), holdout=0.3)
@@ -295,7 +312,7 @@ def test_command_is_interrupted_and_goes_on(
     monkeypatch.setattr(DPO, "step", step)
     arguments = command(folder, tmp_path / "out", "--budget", "4steps")
     assert cli.main(arguments) == errors.INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command goes on" in capsys.readouterr().err
     assert cli.main(arguments) == errors.OK
     assert "resumed from" in capsys.readouterr().out
 

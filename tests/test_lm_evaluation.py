@@ -56,6 +56,10 @@ def test_perplexity_is_the_inverse_geometric_mean_of_the_chances(tokens: store.T
     both = measuring.total(scores)
     assert both.perplexity == pytest.approx(product ** (-1 / count), rel=1e-5)
     assert both.bits_per_byte == pytest.approx(-math.log2(product) / size, rel=1e-5)
+    # of one token, whose end alone is predicted: no byte, and bits all the same
+    short = evaluation.Score(math.log(8), 3.0, 1, 0)
+    more = measuring.total({**scores, "short": short})
+    assert more.bits_per_byte == pytest.approx((3 - math.log2(product)) / size, rel=1e-5)
 
 
 def test_a_model_knows_its_own_texts_by_their_likelihood(tmp_path: Path) -> None:
@@ -94,10 +98,10 @@ def test_a_store_larger_than_memory_is_read(tmp_path: Path) -> None:
 
 
 def test_many_documents_take_few_lines(tmp_path: Path) -> None:
-    scores = {f"d{i}": evaluation.Score(1.0, 2.0, 3, 4) for i in range(60)}
+    scores = {f"d{i}": evaluation.Score(2 * math.log(2), 1.5, 3, 4) for i in range(60)}
     lines = measuring.table(scores)
     assert len(lines) == 1 + 50 + 2 and lines[51] == "and 10 more, all of them in --json"
-    assert lines[52].split() == ["all", "2.000", "2.7", "1.000", "180"]
+    assert lines[52].split() == ["all", "1.500", "4.0", "1.386", "180"]
     assert len(measuring.table({"d": scores["d0"]})) == 2
     store.write(tmp_path, ByteTokenizer(), {"train": [Document(n, "text") for n in scores]})
     prepared = preparation.Prepared(store.TokenStore(tmp_path), ByteTokenizer(), False)

@@ -121,6 +121,26 @@ def test_stop_text_holds_back_only_a_possible_beginning() -> None:
     assert StopText(["END"]).finish() == ""
 
 
+@pytest.mark.parametrize(
+    "stops, text, want",
+    [
+        (["bc", "abcd"], "abcd", "a"),  # complete before the one that begins earlier
+        (["bc", "abc"], "xabc", "x"),
+        (["abcd", "c"], "xabce", "xab"),
+    ],
+)
+def test_stop_text_is_the_same_however_tokens_cut_it(
+    stops: list[str], text: str, want: str
+) -> None:
+    for size in range(1, len(text) + 1):
+        hold, found, stopped = StopText(stops), "", False
+        for start in range(0, len(text), size):
+            if not stopped:
+                piece, stopped = hold.put(text[start : start + size])
+                found += piece
+        assert (found, stopped) == (want, True)
+
+
 def test_caller_is_outside_inference_mode_and_training_state_returns() -> None:
     made = model().train()
     for _ in generate(made, TOKENIZER, "ab", max_new_tokens=3):

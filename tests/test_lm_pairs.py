@@ -85,6 +85,14 @@ def test_order_and_cursor(tmp_path: Path, steps: int) -> None:
         assert all(map(torch.equal, batches.next()[:2], other.next()[:2]))
 
 
+def test_a_cursor_behind_the_end_of_shorter_epochs_begins_the_next() -> None:
+    """Of smaller batches than those that are read from there on."""
+    order, next_epoch = (pairs.Order(range(7), batch=3, seed=5) for _ in range(2))
+    order.restore({"epoch": 0, "step": 5})
+    next_epoch.restore({"epoch": 1, "step": 0})
+    assert order.chosen() == next_epoch.chosen() and order.state() == {"epoch": 1, "step": 1}
+
+
 def test_a_summary_is_of_the_beginning_of_a_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "0123456789", "summary": "ab", "at": "x"}))

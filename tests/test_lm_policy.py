@@ -380,6 +380,8 @@ def test_a_run_that_was_stopped_stays_stopped(tokens: store.TokenStore, tmp_path
         ({"algorithm": "rloo", "group": 1}, "group must be above 1"),
         ({"updates": 2}, "on-policy"),
         ({"lr": 0.0}, "above 0"),
+        ({"clip": 0.0}, "above 0"),  # which would make every gradient zero
+        ({"clip_eps": -0.1}, "clip_eps must be finite and not negative"),
     ],
 )
 def test_rejects(options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastlm.lm import cli, labelling, learnoptions, preferences
+from fastlm.lm import cli, errors, labelling, learnoptions, preferences, synthetic
 from fastlm.lm.errors import InputError, UsageError
 from fastlm.lm.preferences import Preference
 
@@ -231,3 +231,41 @@ def test_check_counts_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture
     label = ["prefs", "label", str(tmp_path / "q.jsonl"), "--out", str(out)]
     assert cli.main(label) == 3
     assert "no column 'b'" in capsys.readouterr().err
+
+
+# ---- a rule instead of a person ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule, better, worse",
+    [
+        ("quotes", 'He said "no" and went.', 'He said "no and went.'),
+        ("quotes", "\u201cNo,\u201d he said.", "\u201cNo, he said."),
+        ("sentence", "They went home.\u201d\n", "They went"),
+        ("repetition", "a b c d e f g h", "a b c d a b c d"),
+        ("variety", "one two three", "one one one"),
+    ],
+)
+def test_a_rule_prefers(rule: str, better: str, worse: str) -> None:
+    tie = labelling.Question("p", better, better)
+    questions = [
+        labelling.Question("p", better, worse),
+        tie,
+        labelling.Question("q", worse, better),
+    ]
+    assert synthetic.prefer(questions, rule) == [
+        preferences.Preference(prompt, better, worse, f"synthetic:{rule}") for prompt in "pq"
+    ]
+
+
+def test_synthetic_in_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked, out = tmp_path / "questions.jsonl", tmp_path / "made.jsonl"
+    texts = [("It ends.", "It goes"), ("a.", "b."), ("It goes", "It ends.")]
+    labelling.save_questions(asked, [labelling.Question("p", *both) for both in texts])
+    command = ["prefs", "synthetic", str(asked), "--rule", "sentence", "--out", str(out)]
+    assert cli.main(command) == errors.OK
+    said = capsys.readouterr().out
+    assert said == "1 of 3 questions left out: ties\n2 preferences: 2 synthetic\n"
+    assert {p.provenance for p in preferences.load([out])} == {"synthetic:sentence"}
+    assert cli.main([*command[:-3], "quotes", "--out", str(out)]) == errors.BAD_INPUT
+    assert "quotes prefers no text to its other one" in capsys.readouterr().err

@@ -140,6 +140,7 @@ def test_a_training_run_has_a_page_too(tmp_path: Path) -> None:
     step = {"event": "step", "loss": 3.0, "loss_ema": 3.0, "bits_per_byte": 2.0}
     score = {"bits_per_byte": 1.9, "nats_per_token": 3.1, "perplexity": 22.2}
     lines: list[dict[str, Any]] = [{**step, "step": number} for number in (1, 2, 3)]
+    lines[1]["loss"] = None  # it was not finite
     lines += [{"event": "eval", "step": 3, **score}, {"event": "held-out", "step": 3, **score}]
     lines += [{"event": "end", "step": 3, "verdict": "levelled off"}]
     text = "\n".join(map(json.dumps, lines))

@@ -82,8 +82,14 @@ def test_resemblance_is_estimated(share: float) -> None:
     assert abs(float(np.mean(minima[0] == minima[1])) - exact) < 4 * 0.045
 
 
-def test_pieces_make_no_difference_to_the_signature() -> None:
-    text = " ".join(words(500)) + " \u00e9t\u00e9 end"
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ".join(words(500)) + " \u00e9t\u00e9 end",
+        "\u0391\u03a3 \u0391\u03a3\u0391 one two \u0391\u03a3",  # a sigma that may end a word
+    ],
+)
+def test_pieces_make_no_difference_to_the_signature(text: str) -> None:
     whole, parts = duplicates.Signature(), duplicates.Signature()
     whole.add(text)
     for character in text:

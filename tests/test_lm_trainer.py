@@ -21,6 +21,8 @@ from fastlm.lm.errors import OutOfSpace, TrainingError, UsageError
 from fastlm.lm.evaluation import evaluate
 from fastlm.lm.model import GRULM, PlainGRULM
 from fastlm.lm.optimizer import make_optimizer
+from fastlm.lm.pairs import IGNORED
+from fastlm.lm.progress import Reporter
 from fastlm.lm.recipe import Recipe
 from fastlm.lm.transformer import PlainTransformerLM, TransformerLM
 
@@ -60,6 +62,17 @@ def make(
     return trainer.Trainer(
         model, prepared.tokens, prepared.tokenizer, settings, on_step=on_step, **options
     )
+
+
+class Lines(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
 
 
 def parameters(run: trainer.Trainer) -> list[torch.Tensor]:
@@ -131,6 +144,40 @@ def test_changed_configuration_is_refused_with_the_difference(
         other.resume(saved, allow=("budget",))
     other.resume(saved, allow=("budget", "lr"))
     assert other.fit().steps == 20
+
+
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        (PlainGRULM, {"batch": 2}),
+        (PlainGRULM, {"seq": 40}),
+        (PlainGRULM, {"seed": 5}),
+        (TransformerLM, {"batch": 64}),
+    ],
+)
+def test_other_rows_than_the_checkpoints_begin_an_epoch(
+    prepared: preparation.Prepared, tmp_path: Path, kind: Any, change: dict[str, Any]
+) -> None:
+    """Neither the cursor nor the carried state mean anything there."""
+    settings = replace(SMALL, batch=32, seq=20, budget="40steps", evals=1)
+    part = make(prepared, settings, kind=kind, stop_at=30, out=tmp_path)
+    part.fit()
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None and saved.state["cursor"] == {"epoch": 0, "step": 30}
+    rest = make(prepared, replace(settings, **change), kind=kind, out=tmp_path)
+    rest.resume(saved, allow=tuple(change))
+    seen: list[torch.Tensor] = []
+    lanes, real = rest.lanes, rest.lanes.next
+
+    def read() -> Any:
+        seen.append(real()[0])
+        return lanes.at(lanes.epoch, lanes.step - 1)
+
+    rest.lanes.next = read  # type: ignore[method-assign]
+    assert rest.fit().steps == 40
+    places = divmod(9, lanes.steps_per_epoch)
+    assert lanes.state() == {"epoch": 1 + places[0], "step": 1 + places[1]}
+    assert torch.equal(seen[0], lanes.at(1, 0)[0])
 
 
 def test_a_finished_run_that_goes_on_changes_nothing(
@@ -267,6 +314,48 @@ def test_three_bad_steps_in_a_row_end_training(
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [e["event"] for e in events].count("skipped") == 3
     assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind, parts", [(PlainGRULM, 1), (GRULM, 2), (TransformerLM, 1)])
+def test_a_batch_without_targets_has_loss_zero(
+    prepared: preparation.Prepared, kind: Any, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Lines()
+    run = make(prepared, replace(SMALL, accumulate=parts), kind=kind, reporter=said)
+    other = make(prepared, replace(SMALL, accumulate=parts), kind=kind, on_empty="nan")
+    for each in (run, other):
+        tokens, targets, _ = each.lanes.next()
+        empty = tokens, torch.full_like(targets, IGNORED), False
+        monkeypatch.setattr(each.lanes, "next", lambda empty=empty: empty)
+    kept, real, seen = parameters(run), run.optimizer.step, []
+
+    def step() -> None:
+        seen.extend(p.grad for p in run.model.parameters())
+        real()
+
+    monkeypatch.setattr(run.optimizer, "step", step)
+    assert run.step() == 0.0 and run.counters.loss_ema == 0.0 and run.counters.skipped == 0
+    assert len(seen) == len(kept) and not any(bool(gradient.any()) for gradient in seen)
+    assert said.lines == ["step 1: 0 valid tokens, its loss is 0"]
+    assert math.isnan(other.step()) and other.counters.skipped == 1
+    with pytest.raises(UsageError, match="on_empty must be zero or nan, got 'none'"):
+        make(prepared, on_empty="none")
+
+
+@pytest.mark.parametrize("kind", [GRULM, TransformerLM])
+def test_fit_is_the_trainers(prepared: preparation.Prepared, kind: Any) -> None:
+    settings = replace(SMALL, budget="2steps")
+    run = make(prepared, settings, kind=kind)
+    twin = make(prepared, settings, kind=kind).model
+    options = {"budget": "2steps", "batch": 4, "evals": 3, "eval_tokens": 500, "lr": 1e-2}
+    if kind is GRULM:  # a Transformer's rows are as long as its context
+        options["seq"] = 16
+    assert twin.fit(prepared.tokens, prepared.tokenizer, **options).score == run.fit().score
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), parameters(run), strict=True))
+    with pytest.raises(UsageError, match="unknown setting budgte; did you mean budget"):
+        twin.fit(prepared.tokens, prepared.tokenizer, budgte="2steps")
+    with pytest.raises(UsageError, match="hidden: decided by the model"):
+        twin.fit(prepared.tokens, prepared.tokenizer, hidden=3)
 
 
 # ---- parts --------------------------------------------------------------------------------------

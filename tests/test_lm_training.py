@@ -195,6 +195,13 @@ def test_schedules(name: str) -> None:
         assert rates[70] == 1.0 and rates[85] == pytest.approx(0.525)
 
 
+def test_a_decay_longer_than_what_follows_the_warm_up_begins_at_the_peak() -> None:
+    rates = [learning_rate(1.0, i / 1000, 0.5, 0.0, "wsd", decay=1.0) for i in range(1001)]
+    assert rates[500] == 1.0 and rates[750] == pytest.approx(0.5) and rates[1000] == 0.0
+    steps = [abs(b - a) for a, b in zip(rates, rates[1:], strict=False)]
+    assert max(steps[11:]) == pytest.approx(0.002)
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [

@@ -407,6 +407,24 @@ def test_inside_transformer_layers(norm_first: bool, training: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_script() -> None:
+    """torch.jit.script takes PyTorch's module on the same parameters, in a model too."""
+    ours, theirs = (m.eval() for m in pair(8, 2, batch_first=True, kdim=6))
+    q, k, v = inputs(ours)
+    scripted = torch.jit.script(ours)
+    torch.testing.assert_close(scripted(q, k, v), theirs(q, k, v))
+    assert {p.data_ptr() for p in scripted.parameters()} == {
+        p.data_ptr() for p in ours.parameters()
+    }
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    want = layer(x)
+    with fastlm.swap(layer):
+        torch.testing.assert_close(torch.jit.script(layer)(x), want)
+    torch.testing.assert_close(layer(x), want)
+
+
 @both("options", [{"num_kv_heads": 2}, {"window": (2, 0)}], ids=str)
 def test_fused_encoder_layer_does_not_bypass_what_is_added(options: Any) -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)

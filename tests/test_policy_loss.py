@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastlm
+from fastlm import dispatch
 from fastlm.ops.policy_loss.op import AGGREGATION, CLIPPED, MODES
 
 B, T = 4, 6
@@ -364,18 +365,22 @@ def test_gae_with_lambda_one_is_return_minus_value():
     assert fastlm.gae(torch.zeros(2, 0), torch.zeros(2, 0))[0].shape == (2, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_group_advantages(normalize):
-    rewards = torch.randn(12, dtype=torch.float64)
+def test_group_advantages(normalize, dtype):
+    rewards = torch.randn(12, dtype=dtype)
     rewards[4:8] = 0.1
-    groups = rewards.view(3, 4)
+    groups = rewards.view(3, 4).double()
     want = groups - groups.mean(1, keepdim=True)
     if normalize:
         want = want / (groups.std(1, keepdim=True) + 1e-6)
     want[1] = 0
     got = fastlm.group_advantages(rewards, group_size=4, normalize=normalize)
-    torch.testing.assert_close(got, want.view(-1))
+    torch.testing.assert_close(got, want.view(-1).to(dtype))
     assert bool((got[4:8] == 0).all())
+    assert bool((fastlm.group_advantages(rewards, group_size=1) == 0).all())
+    endless = torch.full((4,), math.inf, dtype=dtype)
+    assert bool((fastlm.group_advantages(endless, group_size=4) == 0).all())
     order = torch.randperm(12)
     ids = torch.tensor([70, -3, 5]).repeat_interleave(4)
     mixed = fastlm.group_advantages(rewards[order], group_ids=ids[order], normalize=normalize)
@@ -389,6 +394,9 @@ def test_leave_one_out_advantages():
     torch.testing.assert_close(got, torch.tensor([-3.0, -1.5, 4.5, 5.0]))
     pairs = fastlm.leave_one_out_advantages(rewards, group_size=2)
     torch.testing.assert_close(pairs, torch.tensor([-1.0, 1.0, 1.0, -1.0]))
+    for size in (2, 3, 7):  # seven times 0.1 less 0.1 is not six times 0.1
+        equal = torch.full((2 * size,), 0.1, dtype=torch.float64)
+        assert not fastlm.leave_one_out_advantages(equal, group_size=size).any()
 
 
 @pytest.mark.parametrize("function", [fastlm.group_advantages, fastlm.leave_one_out_advantages])
@@ -405,3 +413,32 @@ def test_groups_are_checked(function):
     with pytest.raises(ValueError, match=r"group_ids must be \[3\] \(as rewards\), got \[2\]"):
         function(torch.zeros(3), group_ids=torch.zeros(2, dtype=torch.int64))
     assert function(torch.zeros(0), group_size=4).shape == (0,)
+
+
+@pytest.mark.parametrize("loss_type", ["reinforce", "ppo", "cispo", "gspo"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_derivatives_are_those_of_the_composition(loss_type, masked, monkeypatch):
+    """Where the gradient is computed beside the value, and of that gradient."""
+    leaves = [(torch.randn(3, 5, dtype=torch.float64) / 4).requires_grad_() for _ in range(2)]
+    constants = [torch.randn(3, 5, dtype=torch.float64) / 4 for _ in range(3)]
+    mask = torch.rand(3, 5) < 0.7 if masked else None
+
+    def derivatives():
+        loss = fastlm.policy_loss(
+            leaves[0],
+            constants[0],
+            old_logprobs=None if loss_type == "reinforce" else constants[1],
+            ref_logprobs=constants[2],
+            mask=mask,
+            loss_type=loss_type,
+            kl_coef=0.1,
+            entropy=leaves[1].square(),
+            entropy_coef=0.2,
+        )
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return loss, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    got = derivatives()
+    monkeypatch.setattr(dispatch, "direct", lambda *_: False)
+    for a, b in zip(got, derivatives(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -47,6 +47,7 @@ RUNS = {
     "fastlm prefs sample": "--count 4 --tokens 20",
     "fastlm prefs label": "",
     "fastlm prefs check": "",
+    "fastlm prefs synthetic": "",
     "fastlm prefs from-model": _FEW,
     "fastlm reward": "--budget 4steps --hidden 16",
     "fastlm rl": "--budget 2steps --batch 8 --group 4 --length 8 --prompt 8",

@@ -14,11 +14,11 @@ import torch
 import fastlm
 from fastlm import dispatch
 from fastlm.dispatch import ready
-from fastlm.ops.row_statistics import op, reference
+from fastlm.ops.row_statistics import half, op, reference
 from fastlm.testing import FLOATS, LAYOUTS, check, strided
 
 BACKENDS = ready("row_statistics")
-REFUSED = {"cpu": (torch.float64, torch.float16), "triton": (torch.float64,)}
+REFUSED = {"cpu": (torch.float64,), "triton": (torch.float64,)}
 ALL = op.Wanted(entropy=True, sum_sq=True, weighted_sum=True, argmax=True)
 SIZES = [(1, 1), (3, 2), (7, 33), (2, 63), (2, 64), (2, 65), (5, 257), (3, 4097), (2, 50257)]
 
@@ -86,6 +86,16 @@ def test_statistics_and_gradients(backend, dtype, rows, classes):
         return  # the truth is then one float64 sum in another order
     with fastlm.use_backend(backend):
         check(ours(), plain(), make(rows, classes, dtype))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled kernels")
+@pytest.mark.parametrize("each", [False, True])
+def test_float16_in_pieces(monkeypatch, each):
+    monkeypatch.setattr(half, "_ELEMENTS", 100)  # 3 of 7 rows, the last piece shorter
+    logits, target = make(7, 33, torch.float16)
+    weight = torch.rand((7, 33) if each else (33,), dtype=torch.float64)
+    with fastlm.use_backend("cpu"):
+        check(ours(0.5, 0.0, weight), plain(0.5, 0.0, weight), (logits, target))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

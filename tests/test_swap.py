@@ -81,3 +81,30 @@ def test_subclasses_stay_and_hooks_go_along() -> None:
     assert fastlm.swap(model).names == ["1"] and type(model[0]) is Own
     model[1](torch.randn(2, 3, 4))
     assert seen == [1]
+
+
+def test_undo_after_conversions_and_a_load() -> None:
+    """Each of them makes new lists of weights, and an assigned state_dict new parameters."""
+    model = nn.Sequential(nn.GRU(4, 5))
+    state = nn.Sequential(nn.GRU(4, 5)).double().state_dict()
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    with fastlm.swap(model):
+        model.double()
+        model.load_state_dict(state, assign=True)
+        model[0].batch_first = True
+        want = model(x)
+    assert type(model[0]) is nn.GRU and model[0].batch_first
+    torch.testing.assert_close(model(x), want)
+    assert model[0].weight_hh_l0.data_ptr() == state["0.weight_hh_l0"].data_ptr()
+
+
+def test_what_is_bound_to_the_old_module_does_not_run() -> None:
+    patched, compiled = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()
+    patched.forward = lambda *_: torch.zeros(())  # type: ignore[method-assign]
+    compiled.compile(backend="eager")
+    model = nn.ModuleList([patched, compiled])
+    found = fastlm.swap(model)
+    assert found.names == ["1"] and model[0] is patched
+    assert model[1]._compiled_call_impl is None
+    found.undo()
+    assert model[1] is compiled and compiled._compiled_call_impl is not None

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from typing_extensions import assert_type
 
 import fastlm
 from fastlm import TokenLogprobs
+from fastlm.ops.attention import signatures as attending
 from fastlm.ops.cross_entropy import signatures as losses
+from fastlm.ops.decode_attention import signatures as decoding
+from fastlm.ops.embedding_gru import signatures as recurrent
 from fastlm.ops.token_logprobs import signatures as logprobs
 
 WithAux = tuple[Tensor, dict[str, Tensor]]
@@ -69,6 +73,26 @@ def test_linear_token_logprobs() -> None:
     assert assert_type(found, TokenLogprobs).sum_sq is not None
 
 
+def test_attention() -> None:
+    q = torch.zeros(1, 3, 2, 8)
+    assert assert_type(fastlm.attention(q, q, q, mask="causal"), Tensor).shape == q.shape
+    assert assert_type(fastlm.attention(q, q, q, return_lse=False), Tensor).shape == q.shape
+    out, lse = assert_type(fastlm.attention(q, q, q, return_lse=True), tuple[Tensor, Tensor])
+    assert out.shape == q.shape and lse.shape == (1, 2, 3)
+    one = fastlm.decode_attention(q[:, :1], q, q, 3, softcap=2.0)
+    assert assert_type(one, Tensor).shape == (1, 1, 2, 8)
+    found = fastlm.decode_attention(q[:, :1], q, q, 3, return_lse=True)
+    assert len(assert_type(found, tuple[Tensor, Tensor])) == 2
+
+
+def test_gru() -> None:
+    weights = [p.detach() for p in torch.nn.GRU(4, 5).parameters()]
+    output, h_n = fastlm.gru(torch.zeros(3, 2, 4), None, weights, training=False)
+    assert assert_type(output, Tensor).shape == (3, 2, 5) and h_n.shape == (1, 2, 5)
+    packed, _ = fastlm.gru(pack_sequence([torch.zeros(3, 4)]), None, weights)
+    assert isinstance(assert_type(packed, PackedSequence), PackedSequence)
+
+
 @pytest.mark.parametrize("flag", [False, True])
 def test_a_flag_known_at_run_time(flag: bool) -> None:
     for found in (
@@ -89,6 +113,13 @@ def test_a_flag_known_at_run_time(flag: bool) -> None:
             losses.LinearLossOptions,
             {"input", "linear_weight", "target", "return_aux"},
         ),
+        (fastlm.attention, attending.Options, {"q", "k", "v", "return_lse"}),
+        (
+            fastlm.decode_attention,
+            decoding.Options,
+            {"q", "k_cache", "v_cache", "cache_seqlens", "return_lse"},
+        ),
+        (fastlm.gru, recurrent.Options, {"input", "hx", "flat_weights"}),
         (fastlm.token_logprobs, logprobs.Alone, {"logits", "target"}),
         (fastlm.token_logprobs, logprobs.Either, {"logits", "target"}),
         (

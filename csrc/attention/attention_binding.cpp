@@ -12,6 +12,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // multiply-adds of a part that is worth a thread
 constexpr int64_t kLeastPart = 1 << 18;
+// queries and sums of a task of a forward: 600 KB
+constexpr int64_t kTaskFloats = 150 << 10;
 // a sequence is cut into this many tasks of a backward, if it has not as many heads; fixed, since
 // the cut decides the order of its sums
 constexpr int64_t kTasksOfSequence = 8;
@@ -109,15 +111,20 @@ void run_tasks(std::vector<std::pair<double, Task>>& tasks, double multiplicatio
   });
 }
 
-// large, since a task packs the keys for itself, but some tasks for each thread
+// Large, since a task packs the keys for itself, but its queries and sums are to stay in the
+// second-level cache, and each thread is to have some tasks: the more of them the larger they are,
+// so that the last ones end together.
 int64_t rows_of_task(const Attention& a, const std::vector<Sequence>& sequences) {
   const int64_t unit = FASTLM_PICK(attention_block_rows)();
-  const int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
-  for (int64_t rows = 32 * unit;; rows /= 2) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t floats = a.size / (a.pairs ? 2 : 1) + a.value_size;
+  for (int64_t rows = 128 * unit;; rows /= 2) {
     int64_t tasks = 0;
     for (const Sequence& s : sequences)
       tasks += (s.rows * a.group() + rows - 1) / rows * a.key_heads;
-    if (tasks >= wanted || rows == 4 * unit) return rows;
+    const int64_t wanted = (rows > 32 * unit ? 12 : 4) * threads;
+    const bool fits = rows <= 32 * unit || rows * floats <= kTaskFloats;
+    if ((fits && tasks >= wanted) || rows == 4 * unit) return rows;
   }
 }
 

@@ -69,7 +69,13 @@ struct Forward {
   }
   int64_t place_of(int64_t row) const { return (task.begin + row) / a.group(); }
 
+  Source<T> query(int64_t r) const {
+    const Sequence& s = task.sequence;
+    return source<T>(a.q, s.batch, s.first_row + place_of(r), head_of(r), 1, a.size);
+  }
+
   void start() {
+    constexpr int64_t kAhead = 16;
     const Sequence& s = task.sequence;
     for (int64_t r = 0; r < count; ++r) {
       b.row[r] = row_at(a, s, head_of(r), place_of(r));
@@ -77,9 +83,8 @@ struct Forward {
       b.block[r / kRows].add(b.row[r]);
       b.top[r] = -kInfinity;
       store(b.sums + r * kLanes, Vec{});
-      const Source<T> one =
-          source<T>(a.q, s.batch, s.first_row + place_of(r), head_of(r), 1, a.size);
-      pack_rows<Unit>(one, b.q + r * kPanel, b.rows * kPanel);
+      prefetch_rows(query(least(r + kAhead, count - 1)));
+      pack_rows<Unit>(query(r), b.q + r * kPanel, b.rows * kPanel);
     }
     for (int64_t i = 0; i < b.rows * value_panels * kPanel; i += kLanes) store(b.out + i, Vec{});
   }
@@ -88,45 +93,24 @@ struct Forward {
     const Sequence& s = task.sequence;
     tile_keys = least(kKeys, s.keys - tile);
     const int64_t first = s.first_key + tile;
-    pack_transposed<Unit>(source<T>(a.k, s.batch, first, task.key_head, tile_keys, a.size), b.k);
-    finite = PackAcross<Unit, T>::run(
-        source<T>(a.v, s.batch, first, task.key_head, tile_keys, a.value_size), b.v,
-        kKeys / Unit::kDepth * kPanel);
+    const Source<T> k = source<T>(a.k, s.batch, first, task.key_head, tile_keys, a.size);
+    const Source<T> v = source<T>(a.v, s.batch, first, task.key_head, tile_keys, a.value_size);
+    prefetch_rows(k);
+    prefetch_rows(v);
+    pack_transposed<Unit>(k, b.k);
+    finite = PackAcross<Unit, T>::run(v, b.v, kKeys / Unit::kDepth * kPanel);
   }
 
-  // part `i` of `parts` of the next tile
-  void prefetch_keys(int64_t i, int64_t parts) {
-    const Sequence& s = task.sequence;
-    const int64_t next = tile + kKeys, rows = least(kKeys, s.keys - next);
-    if (rows <= 0) return;
-    const int64_t first = s.first_key + next, begin = kKeys * i / parts,
-                  end = kKeys * (i + kTogether) / parts;
-    prefetch_rows(source<T>(a.k, s.batch, first, task.key_head, rows, a.size), begin, end);
-    prefetch_rows(source<T>(a.v, s.batch, first, task.key_head, rows, a.value_size), begin, end);
-  }
-
-  // scores of row r, its first at `scores`, in base 2 and masked; returns the largest
-  float mask_row(int64_t r, float* scores, Columns c) {
+  // scores of row r, its first product at `scores`, in base 2 and masked; returns the largest
+  template <class Score>
+  float mask_row(int64_t r, float* scores, Columns c, const Score& score) {
     const Row& row = b.row[r];
     const int low = int(most(0, row.low - tile)), high = int(least(kKeys, row.high - tile));
-    const float factor = a.scale * kLog2E;
     Vec largest = broadcast(-kInfinity);
     for (unsigned column = c.begin; column < c.end; column += kLanes) {
       float* at = scores + column / kPanel * kScorePanel + column % kPanel;
-      const Vec x = select(inside(column, low, high), load(at) * factor, broadcast(-kInfinity));
-      store(at, x);
-      largest = larger(x, largest);
-    }
-    return spread_max(largest)[0];
-  }
-  float extend_row(int64_t r, float* scores, Columns c, const Extras& extras) {
-    const Row& row = b.row[r];
-    const int low = int(most(0, row.low - tile)), high = int(least(kKeys, row.high - tile));
-    Vec largest = broadcast(-kInfinity), slack;
-    for (unsigned column = c.begin; column < c.end; column += kLanes) {
-      float* at = scores + column / kPanel * kScorePanel + column % kPanel;
-      const Vec score = extras.score(load(at), column, &slack);
-      const Vec x = select(inside(column, low, high), score, broadcast(-kInfinity));
+      const Vec x =
+          select(inside(column, low, high), score(load(at), column), broadcast(-kInfinity));
       store(at, x);
       largest = larger(x, largest);
     }
@@ -150,30 +134,31 @@ struct Forward {
 
   // probabilities of a row relative to `top`, and their sum
   struct Relative {
-    float factor, top;
-    const float* keep;  // of the dropout, or null
+    float factor, top, earlier;  // earlier: what the sum so far is multiplied by
+    const float* keep;           // of the dropout, or null
   };
   void exponentials(float* scores, float* packed, Columns c, const Relative& to, float* sums) {
-    Vec sum[2] = {};
+    Vec sum{};
     unsigned column = c.begin;
     for (; column + 2 * kPanel <= c.end; column += 2 * kPanel)
       exponentials<2>(scores, packed, column, to, sum);
     if (column < c.end) exponentials<1>(scores, packed, column, to, sum);
-    store(sums, load(sums) + (sum[0] + sum[1]));
+    store(sums, load(sums) * to.earlier + sum);
   }
   template <int Panels>
   __attribute__((always_inline)) void exponentials(float* scores, float* packed, unsigned column,
-                                                   const Relative& to, Vec (&sum)[2]) {
+                                                   const Relative& to, Vec& sum) {
     Vec x[2 * Panels];
 #pragma GCC unroll 4
     for (int i = 0; i < 2 * Panels; ++i)
       x[i] = load(scores + (column / kPanel + i / 2) * kScorePanel + i % 2 * kLanes) * to.factor -
              to.top;
-    exp2<Unit>(x);
+    exp2(x, Unit{});
+#pragma GCC unroll 2
+    for (int i = 0; i < Panels; ++i) sum += x[2 * i] + x[2 * i + 1];
+    if (to.keep) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 2 * Panels; ++i) {
-      sum[i % 2] += x[i];
-      if (to.keep) x[i] = x[i] * load(to.keep + column + i * kLanes);
+      for (int i = 0; i < 2 * Panels; ++i) x[i] = x[i] * load(to.keep + column + i * kLanes);
     }
 #pragma GCC unroll 2
     for (int i = 0; i < Panels; ++i)
@@ -193,6 +178,11 @@ struct Forward {
     store(at + kLanes, second);
   }
 
+  // A row keeps what its probabilities are relative to until a score is larger by more than this,
+  // in base 2: bfloat16 and float32 lose nothing by that, and `direct_panel` need not know the
+  // largest score of a tile before it has passed.
+  static constexpr float kSlack = Unit::kDepth == 2 ? 8.f : 0.f;
+
   // softmax of the scores of `rows` rows from r0 on; factor[i]: what earlier sums are multiplied by
   void soften(int64_t r0, int64_t rows, float* scores, float* packed, Columns c, float* factor) {
     const float raw = a.scale * kLog2E;
@@ -204,14 +194,17 @@ struct Forward {
       float largest;
       if (extended) {
         const Extras extras(a, task.sequence, b.row[r0 + i], tile, c);
-        largest = extend_row(r0 + i, row, c, extras);
+        Vec slack;
+        largest = mask_row(r0 + i, row, c,
+                           [&](Vec x, unsigned column) { return extras.score(x, column, &slack); });
         if (dropped)
           for (unsigned j = c.begin; j < c.end; ++j) keep[i][j] = extras.keep[j];
       } else {
-        largest = c.full ? largest_of_row(row, c) : mask_row(r0 + i, row, c);
+        largest = c.full ? largest_of_row(row, c)
+                         : mask_row(r0 + i, row, c, [&](Vec x, unsigned) { return x * raw; });
       }
       before[i] = b.top[r0 + i];
-      const float top = largest > before[i] ? largest : before[i];
+      const float top = largest > before[i] + kSlack ? largest : before[i];
       b.top[r0 + i] = top;
       after[i] = top == -kInfinity ? 0.f : top;
     }
@@ -219,8 +212,8 @@ struct Forward {
       store(factor + i, exp2(load(before + i) - load(after + i)));
     for (int64_t i = 0; i < rows; ++i) {
       float* sums = b.sums + (r0 + i) * kLanes;
-      store(sums, load(sums) * factor[i]);
-      const Relative to{extended || !c.full ? 1.f : raw, after[i], dropped ? keep[i] : nullptr};
+      const Relative to{extended || !c.full ? 1.f : raw, after[i], factor[i],
+                        dropped ? keep[i] : nullptr};
       exponentials(scores + i * kPanel, packed + i * kPanel, c, to, sums);
     }
   }
@@ -244,24 +237,90 @@ struct Forward {
       });
   }
 
+  Product product_of_scores(int64_t r, unsigned column) const {
+    return {b.q + r * kPanel,
+            b.rows * kPanel,
+            b.k + column * depth,
+            0,
+            depth,
+            b.scores + column / kPanel * kScorePanel + place_in_scores(r),
+            nullptr};
+  }
+
+  // what `direct_panel` leaves of a block of rows, if it may do them
+  struct Direct {
+    bool used;
+    Vec sums[kRows];
+    Vec largest;  // exponent
+  };
+  void start_direct(int64_t r, int64_t rows, const Columns& c, Direct* d) const {
+    d->used = Unit::kDepth == 2 && c.full && rows == kRows && !a.has_extras();
+    for (int64_t i = 0; d->used && i < kRows; ++i) d->used = b.top[r + i] != -kInfinity;
+    if (!d->used) return;
+    for (Vec& sum : d->sums) sum = Vec{};
+    d->largest = broadcast(-kInfinity);
+  }
+  // Probabilities of a block of rows and a panel of keys, from the registers of the product
+  // straight to words.
+  __attribute__((noinline)) void direct_panel(int64_t r, unsigned column, Direct* d) {
+    const float factor = a.scale * kLog2E;
+    float* packed = b.packed + place_in_scores(r);
+    Vec scores[kRows][2] = {}, largest = d->largest;
+    accumulate<Unit, false>(product_of_scores(r, column), scores);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; i += 2) {
+      Vec x[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        x[j] = scores[i + j / 2][j % 2] * factor - b.top[r + i + j / 2];
+        largest = larger(x[j], largest);
+      }
+      exp2(x, Unit{});
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        d->sums[i + j] += x[2 * j] + x[2 * j + 1];
+        put(nullptr, packed + (i + j) * kPanel, column, x[2 * j], x[2 * j + 1]);
+      }
+    }
+    d->largest = largest;
+  }
+  // whether they can stay: then they join the sums
+  bool keeps(int64_t r, const Direct& d, float* factor) {
+    if (!d.used || any(d.largest > kSlack)) return false;
+    for (int i = 0; i < kRows; ++i) {
+      store(b.sums + (r + i) * kLanes, load(b.sums + (r + i) * kLanes) + d.sums[i]);
+      factor[i] = 1.f;
+    }
+    return true;
+  }
+
   // Blocks of rows from r0 on with the keys of the tile. A panel of keys serves all of them while
   // it is in the first-level cache.
   void blocks(int64_t r0, int64_t first, const Columns* columns, int64_t number) {
     const auto rows = [&](int64_t i) { return least(kRows, count - r0 - i * kRows); };
+    const auto multiply_panel = [&](int64_t i, unsigned column) {
+      multiply_rows<Unit, Finish::store>(product_of_scores(r0 + i * kRows, column), rows(i));
+    };
+    Direct direct[kTogether];
+    for (int64_t i = first; i < number; ++i)
+      start_direct(r0 + i * kRows, rows(i), columns[i], &direct[i]);
     for (unsigned column = 0; column < kKeys; column += kPanel)
       for (int64_t i = first; i < number; ++i) {
         if (column < columns[i].begin || column >= columns[i].end) continue;
-        const int64_t r = r0 + i * kRows;
-        multiply_rows<Unit, Finish::store>(
-            {b.q + r * kPanel, b.rows * kPanel, b.k + column * depth, 0, depth,
-             b.scores + column / kPanel * kScorePanel + place_in_scores(r), nullptr},
-            rows(i));
+        if (direct[i].used) {
+          direct_panel(r0 + i * kRows, column, &direct[i]);
+        } else {
+          multiply_panel(i, column);
+        }
       }
     float factor[kTogether][16];
     for (int64_t i = first; i < number; ++i) {
       const int64_t r = r0 + i * kRows, at = place_in_scores(r);
-      if (!columns[i].empty())
-        soften(r, rows(i), b.scores + at, b.packed + at, columns[i], factor[i]);
+      if (columns[i].empty() || keeps(r, direct[i], factor[i])) continue;
+      if (direct[i].used)
+        for (unsigned column = columns[i].begin; column < columns[i].end; column += kPanel)
+          multiply_panel(i, column);
+      soften(r, rows(i), b.scores + at, b.packed + at, columns[i], factor[i]);
     }
     for (int64_t panel = 0; panel < value_panels; ++panel)
       for (int64_t i = first; i < number; ++i)
@@ -291,7 +350,6 @@ struct Forward {
         if (number == 0) continue;
         if (!packed) pack_keys();
         packed = true;
-        if (tile + kKeys < high) prefetch_keys(r0 / kRows, up(b.rows / kRows, kTogether));
         blocks(r0, first, columns, number);
       }
     }

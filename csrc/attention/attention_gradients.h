@@ -103,7 +103,13 @@ struct Gradients {
     head = new_head, first = begin, count = end - begin, slope_sum = 0;
     for (int64_t i = 0; i < tiles(); ++i) {
       h.tile_low[i] = int32_t(s.keys), h.tile_high[i] = 0;
-      for (int64_t r = i * kRowsOfTile; r < i * kRowsOfTile + tile_rows(i); ++r) {
+      const int64_t at = i * kRowsOfTile, row = s.first_row + first + at, number = tile_rows(i);
+      const Source<T> q = source<T>(a.q, s.batch, row, head, number, a.size);
+      const Source<T> dout = source<T>(f.dout, s.batch, row, head, number, a.value_size);
+      prefetch_rows(q);
+      prefetch_rows(dout);
+      prefetch_rows(source<T>(f.out, s.batch, row, head, number, a.value_size));
+      for (int64_t r = at; r < at + number; ++r) {
         start_row(r);
         if (r % kRows == 0) h.block[r / kRows] = Block();
         h.block[r / kRows].add(h.row[r]);
@@ -111,11 +117,9 @@ struct Gradients {
         h.tile_low[i] = int32_t(least(h.tile_low[i], h.row[r].low));
         h.tile_high[i] = int32_t(most(h.tile_high[i], h.row[r].high));
       }
-      const int64_t at = i * kRowsOfTile, row = s.first_row + first + at;
-      h.finite[i] =
-          pack_both(source<T>(a.q, s.batch, row, head, tile_rows(i), a.size), h.q, h.q_across, at) &
-          pack_both(source<T>(f.dout, s.batch, row, head, tile_rows(i), a.value_size), h.dout,
-                    h.dout_across, at);
+      const bool q_finite = pack_both(q, h.q, h.q_across, at);
+      const bool dout_finite = pack_both(dout, h.dout, h.dout_across, at);
+      h.finite[i] = q_finite && dout_finite;
     }
   }
   bool pack_both(const Source<T>& from, float* along, float* across, int64_t at) {
@@ -158,9 +162,12 @@ struct Gradients {
     tile = new_tile, tile_keys = least(kKeys, s.keys - tile);
     const int64_t key = s.first_key + tile, key_head = head / a.group();
     const Source<T> k = source<T>(a.k, s.batch, key, key_head, tile_keys, a.size);
+    const Source<T> v = source<T>(a.v, s.batch, key, key_head, tile_keys, a.value_size);
+    prefetch_rows(k);
+    prefetch_rows(v);
     pack_transposed<Unit>(k, t.k);
     keys_finite = PackAcross<Unit, T>::run(k, t.k_across, kKeys / Unit::kDepth * kPanel);
-    pack_transposed<Unit>(source<T>(a.v, s.batch, key, key_head, tile_keys, a.value_size), t.v);
+    pack_transposed<Unit>(v, t.v);
   }
 
   bool attends(int64_t i) const {
@@ -192,21 +199,31 @@ struct Gradients {
     const int64_t to = column / kPanel * kFloatPanel + float_row(r0) * kPanel;
     const int64_t rows = least(kRows, tile_rows(i) - r0), at = (i * kRowsOfTile + r0) * kPanel;
     const int64_t depth = words<Unit>(a.size), value_depth = words<Unit>(a.value_size);
-    multiply_rows<Unit, Finish::store>(
-        {h.q + at, h.rows * kPanel, t.k + column * depth, 0, depth, t.p + to, nullptr}, rows);
-    multiply_rows<Unit, Finish::store>({h.dout + at, h.rows * kPanel, t.v + column * value_depth, 0,
-                                        value_depth, t.ds + to, nullptr},
-                                       rows);
+    Product scores{h.q + at, h.rows * kPanel, t.k + column * depth, 0, depth, t.p + to, nullptr};
+    Product gradients{h.dout + at, h.rows * kPanel, t.v + column * value_depth, 0, value_depth,
+                      t.ds + to,   nullptr};
+    if constexpr (Unit::kDepth == 2) {
+      if (direct(c, rows)) {
+        for (int64_t r = 0; r < kRows; r += kRows / 2) {
+          half_block(scores, gradients, i * kRowsOfTile + r0 + r, r0 + r, column);
+          scores.a += kRows / 2 * kPanel, gradients.a += kRows / 2 * kPanel;
+        }
+        return;
+      }
+    }
+    multiply_rows<Unit, Finish::store>(scores, rows);
+    multiply_rows<Unit, Finish::store>(gradients, rows);
+  }
+  // whether the words of a block are made in registers
+  bool direct(const Columns& c, int64_t rows) const {
+    return Unit::kDepth == 2 && c.full && rows == kRows && !a.has_extras();
   }
 
   void finish_block(int64_t i, int64_t r0) {
     const Columns& c = columns[r0 / kRows];
     if (c.empty()) return;
     const int64_t rows = least(kRows, tile_rows(i) - r0), at = i * kRowsOfTile + r0;
-    if (Unit::kDepth == 2 && c.full && !a.has_extras()) {
-      for (int64_t r = 0; r < rows; r += 2) pair_of_rows(at + r, r0 + r, r + 1 < rows, c);
-      return;
-    }
+    if (direct(c, rows)) return;
     for (int64_t r = 0; r < rows; ++r) {
       if (a.has_extras()) {
         extended_row(at + r, float_row(r0) + r, c);
@@ -249,21 +266,26 @@ struct Gradients {
   }
 
   // A row whose keys all stand in this tile: delta as the definition has it. Where a p is nearly 1,
-  // dp - delta cancels, and out . dout would differ by the rounding of both. exponent(score,
-  // column) is that of p.
+  // dp - delta cancels, and out . dout would differ by the rounding of both. As lse was rounded,
+  // the p do not add up to 1; delta is their mean of dp, so that ds adds up to 0 all the same.
+  // exponent(score, column) is that of p.
   template <class Exponent>
   void settle(int64_t r, const float* p, const float* ds, Columns c, const Exponent& exponent) {
     const Row& row = h.row[r];
     if (settle_single(r, ds) || Unit::kDepth == 2) return;
     if (row.low < tile || row.high > tile + kKeys) return;
     const int low = int(row.low - tile), high = int(row.high - tile);
-    Vec sum{};
+    Vec sum{}, shares{};
     for (unsigned column = c.begin; column < c.end; column += kLanes) {
       const int64_t at = column / kPanel * kFloatPanel + column % kPanel;
+      const VecInt in = inside(column, low, high);
       const Vec x = exp2<Unit>(exponent(load(p + at), column));
-      sum += select(inside(column, low, high), x * load(ds + at), Vec{});
+      shares += select(in, x, Vec{});
+      sum += select(in, x * load(ds + at), Vec{});
     }
-    h.delta[r] = reduce_add(sum) - h.dlse[r];
+    float all = reduce_add(shares);
+    if (a.sink) all += exp2(broadcast(a.sink[head] * kLog2E - h.base[r]))[0];
+    h.delta[r] = reduce_add(sum) / (all > 0.f ? all : 1.f) - h.dlse[r];
   }
 
   template <bool kMasked>
@@ -282,7 +304,7 @@ struct Gradients {
         x[v] = load(p + at + v * kLanes) * factor - base;
         y[v] = load(ds + at + v * kLanes) - delta;
       }
-      exp2<Unit>(x);
+      exp2(x, Unit{});
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         y[v] = x[v] * y[v];
@@ -361,24 +383,22 @@ struct Gradients {
       }
     }
   }
-  // as `plain_row` for two rows, straight to words
-  void pair_of_rows(int64_t r, int64_t in_tile, bool two, Columns c) {
+  // As `plain_row` for half a block of rows and a panel of keys, from the registers of the products
+  // straight to words.
+  __attribute__((noinline)) void half_block(const Product& scores, const Product& gradients,
+                                            int64_t r, int64_t in_tile, unsigned column) {
     const float factor = a.scale * kLog2E;
-    for (unsigned column = c.begin; column < c.end; column += kPanel) {
-      const int64_t at = column / kPanel * kFloatPanel + float_row(in_tile) * kPanel;
+    Vec p[kRows / 2][2] = {}, ds[kRows / 2][2] = {};
+    accumulate_both<Unit>(scores, gradients, p, ds);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows / 2; i += 2) {
       Vec x[4], y[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = load(t.p + at + i * kLanes) * factor - h.base[r + i / 2];
+      for (int j = 0; j < 4; ++j) x[j] = p[i + j / 2][j % 2] * factor - h.base[r + i + j / 2];
+      exp2(x, Unit{});
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) y[i] = load(t.ds + at + i * kLanes) - h.delta[r + i / 2];
-      exp2<Unit>(x);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        // a row behind the last adds nothing, whatever its memory holds
-        if (i >= 2 && !two) x[i] = y[i] = Vec{};
-        y[i] = x[i] * y[i];
-      }
-      put_words(in_tile, column, {{x[0], x[1]}, {x[2], x[3]}}, {{y[0], y[1]}, {y[2], y[3]}});
+      for (int j = 0; j < 4; ++j) y[j] = x[j] * (ds[i + j / 2][j % 2] - h.delta[r + i + j / 2]);
+      put_words(in_tile + i, column, {{x[0], x[1]}, {x[2], x[3]}}, {{y[0], y[1]}, {y[2], y[3]}});
     }
   }
   // columns of a panel that no row of a block attends to

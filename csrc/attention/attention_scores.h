@@ -36,17 +36,12 @@ FASTLM_INLINE Vec larger(Vec a, Vec b) {
 }
 
 // 2^x for x below 127; 0 below -126.5, NaN stays. Within 1 ulp by the Cephes polynomial (S.
-// Moshier); where the result is rounded to bfloat16, to 3e-6 by the best polynomial of degree 4.
-// Step by step for all of x: one chain after the other would wait for its own results.
-template <class Unit, int N>
-FASTLM_INLINE void exp2(Vec (&x)[N]) {
+// Moshier). Step by step for all of x: one chain after the other would wait for its own results.
+template <int N>
+FASTLM_INLINE void exp2(Vec (&x)[N], Singles) {
   constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kExact[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
-                              5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f};
-  constexpr float kShort[] = {9.582852921164207e-3f, 5.590642529180336e-2f, 2.402409861798226e-1f,
-                              6.931241933170389e-1f};
-  constexpr int kTerms = Unit::kDepth == 2 ? 4 : 6;
-  const float* term = Unit::kDepth == 2 ? kShort : kExact;
+  constexpr float kTerm[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                             5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f};
   Vec shifted[N], p[N];
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) x[i] = larger(broadcast(-127.f), x[i]);
@@ -55,21 +50,43 @@ FASTLM_INLINE void exp2(Vec (&x)[N]) {
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) x[i] = x[i] - (shifted[i] - kMagic);
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) p[i] = x[i] * term[0] + term[1];
+  for (int i = 0; i < N; ++i) p[i] = x[i] * kTerm[0] + kTerm[1];
 #pragma GCC unroll 6
-  for (int t = 2; t < kTerms; ++t) {
+  for (int t = 2; t < 6; ++t) {
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + term[t];
+    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + kTerm[t];
   }
   // at -127 the exponent's bits are 0, and so is the result
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i)
     x[i] = (p[i] * x[i] + 1.f) * (Vec)(((VecBits)shifted[i] << 23) + 0x3f800000);
 }
+#if defined(__AVX512F__)
+// Where the result is rounded to bfloat16: for every x to 3e-6, by the best polynomial of degree 4
+// for the part of x above an integer. Of -infinity that part is 0.
+template <int N>
+FASTLM_INLINE void exp2(Vec (&x)[N], Pairs) {
+  constexpr float kTerm[] = {1.342668889958377e-2f, 5.224246668681887e-2f, 2.412802083625480e-1f,
+                             6.930448444245858e-1f, 1.f};
+  Vec part[N], p[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) asm("vreduceps $9, %1, %0" : "=v"(part[i]) : "v"(x[i]));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) p[i] = part[i] * kTerm[0] + kTerm[1];
+#pragma GCC unroll 4
+  for (int t = 2; t < 5; ++t) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = p[i] * part[i] + kTerm[t];
+  }
+  // times 2^floor(x)
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) asm("vscalefps %2, %1, %0" : "=v"(x[i]) : "v"(p[i]), "v"(x[i]));
+}
+#endif
 template <class Unit = Singles>
 FASTLM_INLINE Vec exp2(Vec x) {
   Vec one[1] = {x};
-  exp2<Unit>(one);
+  exp2(one, Unit{});
   return one[0];
 }
 
@@ -78,19 +95,19 @@ FASTLM_INLINE Vec spread_max(Vec x) {
 #define FASTLM_SWAP(lane) ((lane) ^ kWidth)
   if constexpr (kLanes > 8) {
     constexpr int kWidth = kLanes > 8 ? 8 : 0;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   if constexpr (kLanes > 4) {
     constexpr int kWidth = kLanes > 4 ? 4 : 0;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   {
     constexpr int kWidth = 2;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
   {
     constexpr int kWidth = 1;
-    x = larger(__builtin_shufflevector(x, x, FASTLM_LANES(FASTLM_SWAP)), x);
+    x = larger(FASTLM_SHUFFLE(VecBits, x, x, FASTLM_LANES(FASTLM_SWAP)), x);
   }
 #undef FASTLM_SWAP
   return x;

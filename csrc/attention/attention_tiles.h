@@ -52,20 +52,9 @@ FASTLM_INLINE float* take(float** from, int64_t count) {
   return taken;
 }
 
-enum class Finish { store, add, scale };
-
-// c = sum over k of a[i][k] b[k]; c + that; factor[i] c + that
-template <class Unit, Finish kFinish, bool kByColumn, int Rows>
-void multiply(const Product& p) {
-  if constexpr (kFinish != Finish::store) {
-    for (int i = 0; i < Rows; ++i) {
-      __builtin_prefetch(p.c + i * kPanel, 1);
-      __builtin_prefetch(p.c + i * kPanel + kLanes, 1);
-    }
-  }
-  Vec sum[Rows][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = Vec{};
+// sum += over k of a[i][k] b[k]
+template <class Unit, bool kByColumn, int Rows>
+FASTLM_INLINE void accumulate(const Product& p, Vec (&sum)[Rows][2]) {
   constexpr int kRowStride = kByColumn ? 1 : kPanel, kStep = kByColumn ? kPanel : 1;
   const float* b = p.b + p.begin * kPanel;
   for (int64_t k = p.begin; k < p.end;) {
@@ -82,6 +71,51 @@ void multiply(const Product& p) {
       }
     }
   }
+}
+
+// Two products by row, of half the registers each: together they hide the latency that one alone
+// would wait for.
+template <class Unit, int Rows>
+FASTLM_INLINE void accumulate_both(const Product& p, const Product& q, Vec (&x)[Rows][2],
+                                   Vec (&y)[Rows][2]) {
+  const int64_t both = least(p.end, q.end);
+  const float *p_b = p.b, *q_b = q.b;
+  for (int64_t k = 0; k < both;) {
+    const float *p_a = p.a + k / kPanel * p.a_panel, *q_a = q.a + k / kPanel * q.a_panel;
+    const int64_t stop = least(both, k + kPanel);
+    for (; k < stop; ++k, ++p_a, ++q_a, p_b += kPanel, q_b += kPanel) {
+      const Vec p0 = load(p_b), p1 = load(p_b + kLanes), q0 = load(q_b), q1 = load(q_b + kLanes);
+#pragma GCC unroll 12
+      for (int i = 0; i < Rows; ++i) {
+        const Vec a = broadcast(p_a[i * kPanel]), b = broadcast(q_a[i * kPanel]);
+        Unit::add(x[i][0], p0, a);
+        Unit::add(x[i][1], p1, a);
+        Unit::add(y[i][0], q0, b);
+        Unit::add(y[i][1], q1, b);
+      }
+    }
+  }
+  Product rest = p.end > both ? p : q;
+  rest.begin = both;
+  if (p.end > both) accumulate<Unit, false>(rest, x);
+  if (q.end > both) accumulate<Unit, false>(rest, y);
+}
+
+enum class Finish { store, add, scale };
+
+// c = sum over k of a[i][k] b[k]; c + that; factor[i] c + that
+template <class Unit, Finish kFinish, bool kByColumn, int Rows>
+__attribute__((noinline)) void multiply(const Product& p) {
+  if constexpr (kFinish != Finish::store) {
+    for (int i = 0; i < Rows; ++i) {
+      __builtin_prefetch(p.c + i * kPanel, 1);
+      __builtin_prefetch(p.c + i * kPanel + kLanes, 1);
+    }
+  }
+  Vec sum[Rows][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = Vec{};
+  accumulate<Unit, kByColumn>(p, sum);
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) {
     float* c = p.c + i * kPanel;
@@ -223,10 +257,10 @@ FASTLM_INLINE Source<T> source(const Heads& h, int64_t batch, int64_t row, int64
   return {row_of<T>(h, batch, row, head), h.row, rows, size};
 }
 
-// rows [begin, end) into the second-level cache
+// all of its rows into the second-level cache, side by side instead of as they are needed
 template <typename T>
-FASTLM_INLINE void prefetch_rows(const Source<T>& s, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < least(end, s.rows); ++r)
+FASTLM_INLINE void prefetch_rows(const Source<T>& s) {
+  for (int64_t r = 0; r < s.rows; ++r)
     for (int64_t c = 0; c < s.size; c += int64_t(64 / sizeof(T)))
       __builtin_prefetch(s.data + r * s.stride + c, 0, 2);
 }
@@ -310,8 +344,8 @@ FASTLM_INLINE Vec pack_along(Vec first, Vec second) {
 FASTLM_INLINE Vec pack_across(Vec above, Vec below) {
   typedef uint16_t Halves32 __attribute__((vector_size(64), may_alias));
   const Halves32 x = (Halves32)pack_along(above, below);
-  return (Vec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (Vec)FASTLM_SHUFFLE(Halves32, x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #endif
 

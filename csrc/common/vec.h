@@ -64,6 +64,16 @@ FASTLM_INLINE void store(BFloat16* p, Vec x) {
   *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(bits, VecHalf);
 }
 
+// lanes of a and b by constant numbers, which `Mask` holds; the name before GCC 12 is another one
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define FASTLM_SHUFFLE(Mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef FASTLM_SHUFFLE
+#define FASTLM_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+
 // blocks of `size` lanes taken in turn: the even ones of a and of b, or the odd ones
 #if defined(__AVX512F__)
 #define FASTLM_LANES(m)                                                                          \
@@ -78,8 +88,8 @@ template <int Size>
 FASTLM_INLINE void exchange_blocks(Vec& a, Vec& b) {
 #define FASTLM_EVEN(lane) ((lane) & Size ? (lane) - Size + kLanes : (lane))
 #define FASTLM_ODD(lane) ((lane) & Size ? (lane) + kLanes : (lane) + Size)
-  Vec even = __builtin_shufflevector(a, b, FASTLM_LANES(FASTLM_EVEN));
-  b = __builtin_shufflevector(a, b, FASTLM_LANES(FASTLM_ODD));
+  Vec even = FASTLM_SHUFFLE(VecBits, a, b, FASTLM_LANES(FASTLM_EVEN));
+  b = FASTLM_SHUFFLE(VecBits, a, b, FASTLM_LANES(FASTLM_ODD));
   a = even;
 #undef FASTLM_EVEN
 #undef FASTLM_ODD

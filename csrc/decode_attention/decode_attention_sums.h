@@ -13,7 +13,8 @@ struct Half {
   uint16_t bits;
 };
 
-#if defined(__F16C__)
+// the type is not in every C++ compiler that has the instruction
+#if defined(__F16C__) && defined(__FLT16_MANT_DIG__)
 typedef _Float16 VecFloat16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 FASTLM_INLINE Vec load(const Half* p) {
   return __builtin_convertvector(*reinterpret_cast<const VecFloat16*>(p), Vec);

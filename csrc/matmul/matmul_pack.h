@@ -33,27 +33,6 @@ FASTLM_INLINE const T* at(const Matrix& m, int64_t row, int64_t column) {
   return static_cast<const T*>(m.data) + row * m.row + column * m.column;
 }
 
-// rows[i][j] -> rows[j][i], for kLanes rows
-FASTLM_INLINE void transpose(Vec (&rows)[kLanes]) {
-  // each stage exchanges the off-diagonal blocks of all squares of 2 * width
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    VecInt low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = j & width ? kLanes + j - width : j;
-      high[j] = j & width ? kLanes + j : j + width;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & width) continue;
-      const Vec first = rows[i], second = rows[i + width];
-      rows[i] = __builtin_shuffle(first, second, low);
-      rows[i + width] = __builtin_shuffle(first, second, high);
-    }
-  }
-}
-
 // b [depth, columns] from (k, n) on -> panels; columns past the end are 0
 template <typename T>
 void pack_b(const Matrix& b, int64_t k, int64_t n, int64_t depth, int64_t columns, float* packed) {

@@ -55,7 +55,7 @@ template <typename T, bool kCap, bool kMoments, bool kWeighted>
 void next_block(const RowForward& a, const T* x, const float* weight, int count, int64_t offset,
                 RowSums* row, Largest* largest) {
   const Scores<kCap> scores(a.scale, a.softcap);
-  const float sign = sign_of(a.scale), top = largest_of(x, count, sign);
+  const float sign = sign_of(a.scale), top = largest_logit(x, count, sign);
   const Block block =
       add_block<T, kCap, kMoments, kWeighted>(scores, x, weight, count, top, row, WholeRow{});
   if (a.argmax) update_argmax(x, count, sign, top, block.sum != block.sum, offset, largest);
@@ -174,8 +174,8 @@ void backward_row(const RowBackward& a, int64_t index, const Coefficients& c, fl
     store(out + i, G::at(gradient, load(x + i), kWeighted && weight ? load(weight + i) : one));
   if (i < a.classes) {
     int rest = int(a.classes - i);
-    Vec w = kWeighted && weight ? load_first(weight + i, rest, 0.f) : one;
-    store_first(out + i, G::at(gradient, load_first(x + i, rest, 0.f), w), rest);
+    Vec w = kWeighted && weight ? load_end(weight + i, rest, 0.f) : one;
+    store_end(out + i, G::at(gradient, load_end(x + i, rest, 0.f), w), rest);
   }
   if (!inside) return;
   const float w = kWeighted && weight ? weight[target] : 1.f;

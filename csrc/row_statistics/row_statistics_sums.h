@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/vec.h"
+#include "row_statistics/row_statistics_lanes.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -117,10 +118,10 @@ __attribute__((noinline)) double sum_of_rest(const Scores<kCap>& scores, const T
     for (int i = pairs + certain; i < count; i += kLanes) in_lane[n++] = to_float(x[i]);
   Vec rest{};
   for (int i = 0; i < n; i += kLanes) {
-    Vec e = exp(scores.z(scores.squash(load_first(in_lane + i, n - i, 0.f))) - base);
+    Vec e = exp(scores.z(scores.squash(load_end(in_lane + i, n - i, 0.f))) - base);
     rest += select((e < 0.5f) & first_lanes(n - i), e, Vec{});
   }
-  return sum + reduce_add(rest);
+  return sum + sum_of_lanes(rest);
 }
 
 // what `add_block` says of a block
@@ -165,22 +166,22 @@ FASTLM_INLINE Block add_block(const Scores<kCap>& scores, const T* x, const floa
     }
     for (; i < end; i += kLanes) {
       int rest = count - i < kLanes ? count - i : kLanes;
-      Vec w = kWeighted && weight ? load_first(weight + i, rest, 0.f) : one;
-      Vec v = shifted(load_first(x + i, rest, 0.f));
+      Vec w = kWeighted && weight ? load_end(weight + i, rest, 0.f) : one;
+      Vec v = shifted(load_end(x + i, rest, 0.f));
       Vec e = Sums::template add<true>(even, v, w, first_lanes(rest));
       if (Parts::kWanted) part += e;
     }
     parts(part);
   }
   Sums block = Sums::join(even, odd);
-  const float sum = reduce_add(block.sum);
+  const float sum = sum_of_lanes(block.sum);
   // one class has nearly all: beside its 1 the others, and with them the loss, would be rounded off
   const bool certain = sum < kCertain && sum > 0.5f;
   row->merge(base, certain ? 1 + sum_of_rest(scores, x, count, base, even.sum, odd.sum) : sum,
-             kMoments ? reduce_add(block.moment) : 0, kMoments ? reduce_add(block.squares) : 0);
+             kMoments ? sum_of_lanes(block.moment) : 0, kMoments ? sum_of_lanes(block.squares) : 0);
   if (kWeighted) {
-    double mass = reduce_add(block.mass);
-    row->weighted += reduce_add(block.weighted) + mass * base;
+    double mass = sum_of_lanes(block.mass);
+    row->weighted += sum_of_lanes(block.weighted) + mass * base;
     row->mass += mass;
   }
   return {base, sum};

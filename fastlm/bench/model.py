@@ -228,6 +228,14 @@ def report(result: dict[str, Any]) -> str:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below 2**31, got {value}")
+    return value
+
+
+def _threads(text: str) -> int:
+    if (value := _positive(text)) > 1024:  # OpenMP ends the process where it gets no thread
+        raise argparse.ArgumentTypeError(f"must be at most 1024, got {value}")
     return value
 
 
@@ -240,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in defaults.items():
         model.add_argument(f"--{name}", type=_positive, default=default, help=f"default {default}")
     model.add_argument(
-        "--threads", type=_positive, default=torch.get_num_threads(), help="default: torch's"
+        "--threads", type=_threads, default=torch.get_num_threads(), help="default: torch's"
     )
     model.add_argument("--seed", type=int, default=0, help="of parameters and tokens; default 0")
     model.add_argument("--json", action="store_true", help="print JSON instead of the table")

@@ -24,6 +24,22 @@ def register(name: str = "fastlm") -> None:
     transformers.AttentionMaskInterface.register(name, masks.sdpa_mask)
 
 
+# arguments of layers that decide what is computed; transformers' own "sdpa" has them in its mask
+_NOT_WRITTEN = ("head_mask", "indices", "block_indices", "sinks")
+
+
+def _added(
+    query: Tensor, keys: int, mask: Tensor | None, position_bias: Tensor | None
+) -> Tensor | None:
+    """What is added to the scores."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    if position_bias is None:
+        return mask
+    position_bias = position_bias[..., :keys].to(query.dtype)
+    return position_bias if mask is None else position_bias + mask
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -36,52 +52,64 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The call that attention layers of transformers make.
 
     Args:
         query, key, value: [B, H, Sq, D], [B, Hk, Sk, D], [B, Hk, Sk, Dv].
         attention_mask: [B, 1, Sq, Sk], booleans, True attends, or floats to add; it holds causality
-            and window. Without it the call is causal where the module is and Sq > 1, aligned at the
-            last key, and the window is applied.
+            and window. Without it the call is causal where the module is and Sq > 1, query i on key
+            i: what lies behind is the unused rest of a static cache; and the window is applied.
         sliding_window: keys up to sliding_window - 1 before the query.
         s_aux: [H], the logit of a sink.
+        position_bias: broadcasts to [B, H, Sq, Sk], added to the scores.
         cu_seq_lens_q, cu_seq_lens_k: starts of the sequences packed into a batch of one.
 
     Returns:
         ([B, Sq, H, Dv], None)
+
+    Raises:
+        NotImplementedError: the layer hands over something else that decides what is computed.
     """
+    for name in _NOT_WRITTEN:
+        if others.get(name) is not None:
+            layer = f"fastlm.compat.hf: {type(module).__name__} passes {name}"
+            raise NotImplementedError(f"{layer}, which is not written; attn_implementation='eager'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = is_causal and attention_mask is None and query.shape[2] > 1
+    rows = query.shape[2]
+    causal = is_causal and attention_mask is None and rows > 1
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    if causal and not packed:
+        key, value = key[:, :, :rows], value[:, :, :rows]
     window = None
     if sliding_window is not None and attention_mask is None:
         window = (sliding_window - 1, -1 if is_causal else sliding_window - 1)
-    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
-    added = packed or window is not None or bool(softcap) or s_aux is not None
-    same = query.shape[2] == key.shape[2]
-    if not added and (not causal or same):
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    plain = not packed and window is None and not softcap and s_aux is None
+    if plain and (position_bias is None or not causal):
+        if position_bias is not None:
+            mask = _added(query, key.shape[2], mask, position_bias)
         out = scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, causal, scaling,
+            query, key, value, mask, dropout, causal, scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
-    bias = attention_mask
-    if bias is not None and bias.dtype == torch.bool:
-        bias = query.new_zeros(bias.shape).masked_fill(~bias, -torch.inf)
+    ends = "bottom_right" if packed or rows == key.shape[2] else "top_left"
     options: dict[str, Any] = {
-        "mask": AttnMask.causal() if causal or (packed and is_causal) else None,
+        "mask": AttnMask.causal(ends) if causal or (packed and is_causal) else None,
         "window": window,
         "softcap": softcap or 0.0,
         "sink": s_aux,
         "scale": scaling,
         "dropout_p": dropout,
-        "bias": bias,
+        "bias": _added(query, key.shape[2], mask, position_bias),
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if packed:

@@ -23,6 +23,8 @@ _HOME = {
     "PairConfig": "pairdata",
     "PairStore": "pairs",
     "PlainGRULM": "model",
+    "PolicyConfig": "policy",
+    "PolicyGradient": "policy",
     "PlainTransformerLM": "transformer",
     "Score": "evaluation",
     "TokenStore": "store",

@@ -21,7 +21,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|steps?|epochs?)", text.strip())
-        if match is None or float(match[1]) <= 0:
+        if match is None or not 0 < float(match[1]) < math.inf:
             raise UsageError(f"budget must be like 90s, 10m, 500steps or 2epochs, got {text!r}")
         amount, unit = float(match[1]), match[2]
         if unit in _UNITS:
@@ -61,7 +61,8 @@ def learning_rate(
     decay: float = 0.2,
 ) -> float:
     """Linear from 2% to `peak` over the first `warmup` of the budget, then down to `floor * peak`:
-    as a cosine, as a line, not at all ("constant"), or as a line over the last `decay` ("wsd").
+    as a cosine, as a line, not at all ("constant"), or as a line over the last `decay`, after the
+    warm-up at most ("wsd").
 
     Source: warm-up, stable, decay: Hu et al. 2024 (arXiv:2404.06395).
     """
@@ -75,5 +76,5 @@ def learning_rate(
     elif schedule == "constant":
         height = 1.0
     else:
-        height = min(1.0, (1.0 - min(share, 1.0)) / decay)
+        height = min(1.0, (1.0 - min(share, 1.0)) / min(decay, 1.0 - warmup))
     return peak * (floor + (1.0 - floor) * height)

@@ -14,6 +14,8 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,24 @@ class Checkpoint:
     skipped: list[str] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the training; nothing where the state has none."""
+        found = self.state.get("settings") or {}
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.path / STATE}: its settings are no table")
+        return found
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Whatever is missing or of another type in a state that a stranger or a later version
+        wrote is said as such."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(f"{self.path / STATE}: not the state expected ({what})") from None
+
     def tensors(self, name: str) -> Tensors:
         try:
             return _safetensors().load_file(self.path / name)
@@ -132,6 +152,8 @@ def read(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         known = state["format"] == FORMAT
+        if "config" in state and not isinstance(state["config"], dict):
+            raise TypeError("its config is no table")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / STATE}: not a checkpoint ({error})") from None
     if not known:

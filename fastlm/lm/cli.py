@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import shlex
 import sys
@@ -17,22 +16,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import errors, interrupt
+from . import config, errors, files, interrupt
 from .options import build_parser
 
 
 def _reporter(args: argparse.Namespace) -> Any:
     from . import progress
 
+    interval = getattr(args, "log_every", 5.0)
+    config.require_not_negative(**{"--log-every": interval})
     # stdout carries the JSON object alone
     stream = sys.stderr if args.json else sys.stdout
-    return progress.reporter(
-        quiet=args.quiet, stream=stream, interval=getattr(args, "log_every", 5.0)
-    )
+    return progress.reporter(quiet=args.quiet, stream=stream, interval=interval)
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    try:
+        print(files.dumps(value, indent=1, default=str))
+    except BrokenPipeError:  # whether somebody reads it changes no exit code
+        pass
+
+
+def _say(text: str) -> None:
+    """One line on stderr, as `_print_json`."""
+    rank, _ = _ranks()
+    name = f"fastlm: rank {rank}" if rank else "fastlm"
+    try:
+        print(f"{name}: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 def _resume_command(out: Path) -> str:
@@ -48,10 +60,9 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report)
     if phase := report.get("interrupted"):
-        print(f"interrupted in {phase!r}; what exists is in {args.out}", file=sys.stderr)
+        _say(f"interrupted in {phase!r}; what exists is in {args.out}")
         if phase == "train":
-            command = _resume_command(args.out)
-            print(f"the training alone goes on with: {command}", file=sys.stderr)
+            _say(f"the training alone goes on with: {_resume_command(args.out)}")
         return errors.INTERRUPTED
     return errors.OK if passed else errors.CRITERION_FAILED
 
@@ -131,9 +142,7 @@ def _train_on(ranks: Any, args: argparse.Namespace) -> int:
         _print_json(asdict(result))
     if result.stopped == "interrupted":
         if ranks.chief:
-            print(
-                f"interrupted and saved; resume with: {_resume_command(args.out)}", file=sys.stderr
-            )
+            _say(f"interrupted and saved; resume with: {_resume_command(args.out)}")
         return errors.INTERRUPTED
     reporter.line(f"held out: {result.score}\n{result.verdict}\nmodel: {args.out / 'model'}")
     return errors.OK
@@ -227,7 +236,10 @@ def _ranks() -> tuple[int, int]:
     """(rank, ranks) of torchrun; (0, 1) without it."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        return 0, 1
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -239,47 +251,76 @@ def _run(argv: Sequence[str]) -> int:
     if _ranks()[1] > 1 and args.command != "train":
         raise errors.UsageError(f"{args.command} runs in one process; torchrun is for train")
     if args.threads is not None:
-        import torch
+        from . import machine
 
-        if args.threads < 1:
-            raise errors.UsageError(f"--threads must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+        machine.use_threads(args.threads)
     return _COMMANDS[args.command](args)
+
+
+def _streams() -> None:
+    """Streams that were closed (`>&-`) lead nowhere, and a character that a terminal cannot show or
+    type becomes a question mark: neither is a reason to end."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
+
+
+def _failed(error: Exception) -> int:
+    """Say what was expected to go wrong for some; what was not is raised again."""
+    code = errors.USAGE
+    if isinstance(error, errors.LMError):
+        told, code = str(error), error.exit_code
+    elif errors.out_of_space(error):
+        told, code = f"out of memory or disk: {error}", errors.OUT_OF_SPACE
+    elif isinstance(error, OSError) and error.filename is not None:
+        told = f"{error.filename}: {error.strerror}"
+    elif str(error).startswith("fastlm."):
+        # of an op, about an argument that nothing here has checked, or that no backend takes
+        told = str(error)
+    else:
+        raise error
+    _say(f"error: {told}")
+    if isinstance(error, errors.OtherRank) and error.lost:
+        os._exit(code)  # a group without all its members aborts, or waits for them
+    return code
+
+
+def _flushed(code: int) -> int:
+    """The exit code when all of stdout is written: Python would fail with its own at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:  # no stream of this process
+            pass
+        if code == errors.OK and not isinstance(error, BrokenPipeError):
+            return _failed(error)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    rank, _ = _ranks()
-    name = f"fastlm: rank {rank}" if rank else "fastlm"
+    _streams()
+    interrupt.Interrupt.alone = argv is None
     try:
         with interrupt.terminable():
-            code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except errors.LMError as error:
-        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, errors.OtherRank) and error.lost:
-            os._exit(error.exit_code)  # a group without all its members aborts, or waits for them
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{name}: stopped at once; what was saved before is whole", file=sys.stderr)
-        return errors.INTERRUPTED
-    except ValueError as error:
-        # of an op, about an argument that nothing here has checked before
-        if not str(error).startswith("fastlm."):
-            raise
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return errors.USAGE
-    except BrokenPipeError:
-        # the reader has what it wants; keep Python from failing again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return errors.OK
-    except (MemoryError, RuntimeError, OSError) as error:
-        if errors.out_of_space(error):
-            print(f"{name}: error: out of memory or disk: {error}", file=sys.stderr)
-            return errors.OUT_OF_SPACE
-        if isinstance(error, OSError) and error.filename is not None:
-            print(f"{name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return errors.USAGE
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit:  # of --help, and of argparse for what it does not know
+        _flushed(errors.OK)
         raise
+    except KeyboardInterrupt:
+        if argv is None:
+            interrupt.deaf()
+        _say("stopped at once; what was saved before is whole")
+        code = errors.INTERRUPTED
+    except BrokenPipeError:  # the reader has what it wants
+        code = errors.OK
+    except Exception as error:
+        code = _failed(error)
+    if code == errors.INTERRUPTED and argv is None:
+        interrupt.deaf()  # to an impatient second Ctrl-C: what is left is to end
+    return _flushed(code)

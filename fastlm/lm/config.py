@@ -10,6 +10,25 @@ from .budget import SCHEDULES, Budget
 from .errors import UsageError
 
 PRECISIONS = ("float32", "bf16")
+LARGEST = 2**31 - 1  # of whole numbers but seeds
+
+
+def wrong_number(name: str, value: Any) -> str | None:
+    """What an option can never mean, whichever it is: no finite number, or one beyond all sizes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number, got {value}"
+    if isinstance(value, int) and name == "seed" and not -(2**63) <= value < 2**64:
+        return f"must be in [-2**63, 2**64), got {value}"
+    if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:
+        return f"must be at most {LARGEST:,}, got {value:,}"
+    return None
+
+
+def require_not_negative(**values: float) -> None:
+    """Raises UsageError for one that is negative or NaN; infinity says never."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise UsageError(f"{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True)

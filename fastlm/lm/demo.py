@@ -128,6 +128,8 @@ def run(
                 reporter.line(f"\n[{number}/{len(PHASES)}] {name}")
                 with story.during(name):
                     phase(story)
+                if reporter.closed:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             reporter.close()
             story.report["interrupted"] = story.phase

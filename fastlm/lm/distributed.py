@@ -12,11 +12,12 @@ Sources: Li et al. 2020 (arXiv:2006.15704) for DDP, Zhao et al. 2023 (arXiv:2304
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +64,11 @@ class Ranks:
         """`model.loss` over the rows of all ranks, for the backward of each. To be called before
         the optimizer is made: FSDP2 puts parts in the place of parameters."""
         return lambda *args, **options: model.loss(*args, **options)
+
+    def apart(self, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """Where `wanted`, the losses and backwards inside add to the gradient of this rank alone;
+        the next backward outside sums all of it over the ranks."""
+        return contextlib.nullcontext()
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Let its `load_state_dict` take whole tensors."""
@@ -185,6 +191,7 @@ class Group(Ranks):
         self.way, self.device = way, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.local_rank = self.rank if local_rank is None else local_rank
+        self._apart: Callable[[], contextlib.AbstractContextManager[Any]]  # made by `wrap`
 
     def _gathered(self, values: Sequence[float]) -> Tensor:
         """[world, n]: the same on all ranks, to the bit."""
@@ -204,8 +211,10 @@ class Group(Ranks):
         run: Loss
         if self.way == "fsdp2":
             run = sharding.shard(model, self.device, self.world)
+            self._apart = functools.partial(sharding.apart, model)
         else:
-            run = nn.parallel.DistributedDataParallel(_LossModule(model))
+            run = whole = nn.parallel.DistributedDataParallel(_LossModule(model))
+            self._apart = whole.no_sync
 
         def loss(
             tokens: Tensor, targets: Tensor, *rest: Any, **options: Any
@@ -221,6 +230,9 @@ class Group(Ranks):
             return _Mean.apply(own, float(share), float(sums / counts)), state
 
         return loss
+
+    def apart(self, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+        return self._apart() if wanted else contextlib.nullcontext()
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_load_state_dict_pre_hook(sharding.load_optimizer_parts)
@@ -348,7 +360,7 @@ def _lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(way: str | None = None, device: str = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun started, for as long as they work together; without it one process.
 
@@ -372,7 +384,10 @@ def connected(way: str | None = None, device: str = "auto") -> Iterator[Ranks]:
         alone.device = machine.device_of(device)
         yield alone
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    try:
+        local_rank = int(os.environ["LOCAL_RANK"])
+    except ValueError:
+        raise UsageError("LOCAL_RANK must be a number, as torchrun sets it") from None
     place = _device(local_rank, machine.device_of(device))
     whole = True
     try:

@@ -36,11 +36,11 @@ def _cpus() -> int:
 
 
 def _logits() -> tuple[Any, ...]:
-    return torch.randn(4, 33), torch.arange(4)
+    return torch.randn(512, 1024), torch.arange(512)
 
 
 def _linear() -> tuple[Any, ...]:
-    return torch.randn(4, 16), torch.randn(33, 16), torch.arange(4)
+    return torch.randn(64, 128), torch.randn(1024, 128), torch.arange(64)
 
 
 def _gru_weights(inputs: int, hidden: int) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ def _gru_weights(inputs: int, hidden: int) -> list[torch.Tensor]:
 
 
 def _embedding_gru() -> tuple[Any, ...]:
-    return torch.randint(33, (2, 3)), torch.randn(33, 16), *_gru_weights(16, 16)
+    return torch.randint(33, (2, 8)), torch.randn(33, 16), *_gru_weights(16, 16)
 
 
 def _gru() -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ def _decode() -> tuple[Any, ...]:
     return torch.randn(1, 2, 16), *cache, 4
 
 
-# a small call of every public function that runs an op
+# a call of every public function that runs an op, as small as the kernels take
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "embedding_gru": _embedding_gru,
     "gru": _gru,
@@ -76,7 +76,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear_cross_entropy": _linear,
     "token_logprobs": _logits,
     "linear_token_logprobs": _linear,
-    "entropy": lambda: (torch.randn(4, 33),),
+    "entropy": lambda: (torch.randn(512, 1024),),
     "sample": lambda: (torch.randn(4, 33),),
     "policy_loss": lambda: (-torch.rand(2, 3), torch.randn(2)),
 }

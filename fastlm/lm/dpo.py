@@ -8,7 +8,6 @@ differ by what was learned alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, files, metrics, pairs
 from .budget import Budget, learning_rate
+from .config import require_not_negative
 from .errors import InputError, TrainingError
 from .interrupt import Interrupt
 from .kinds import LanguageModel
@@ -99,7 +99,8 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 of all parameters."""
     hasher = hashlib.sha256()
     for name, value in model.state_dict().items():
-        hasher.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        flat = value.detach().cpu().flatten().view(torch.uint8)  # numpy has no bfloat16
+        hasher.update(name.encode() + flat.numpy().tobytes())
     return hasher.hexdigest()
 
 
@@ -133,6 +134,7 @@ class DPO:
         settings: dict[str, Any] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
+        require_not_negative(save_every=save_every)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config or DPOConfig()
         self.out, self.reporter, self.save_every = out, reporter or Quiet(), save_every
         self.on_step, self.settings = on_step, settings or {}
@@ -283,6 +285,7 @@ class DPO:
                         self._judge("after")
                 if self.out is not None:
                     self.save()
+                    interrupt.saved = stopped == "interrupted"
         finally:
             self.reporter.close()
             if self._metrics is not None:
@@ -302,7 +305,7 @@ class DPO:
             self.reporter.update(done)
             if self.on_step is not None:
                 self.on_step(done)
-            if interrupt.requested:
+            if interrupt.requested or self.reporter.closed:
                 return False
             if self.out is not None and time.perf_counter() - saved_at >= self.save_every:
                 self.save()
@@ -318,7 +321,7 @@ class DPO:
 
     def _record(self, event: str, values: dict[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"event": event, **values}))
+            self._metrics.write(files.dumps({"event": event, **values}))
 
     # ---- state on disk --------------------------------------------------------------------------
 
@@ -355,6 +358,10 @@ class DPO:
         Raises:
             UsageError: the configuration differs; the message lists the differences.
         """
+        with saved.understood():
+            self._restore(saved, allow)
+
+    def _restore(self, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
         checkpoint.require_same(saved, self.described(), allow)
         tensors = checkpoint.load_training(saved, self.model, self.optimizer)
         self.reference = tensors["reference"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,8 @@ def _held_out(
     try:
         if args.data is None and settings.get("pairs") is not None:
             return pairdata.prepare_pairs(Recipe.of(settings, {}).pair_config(), tokenizer).tokens
-        return learning.open_model(args.model, args.data, args.data_holdout)[2].tokens
+        remedy = "give --data and --data-holdout as in its training"
+        return learning.open_model(args.model, args.data, args.data_holdout, remedy)[2].tokens
     except errors.LMError as error:
         if args.data is not None:
             raise
@@ -54,7 +56,7 @@ def command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON)
     saved = checkpoint.find(args.model)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
-    settings = saved.state.get("settings", {})
+    settings = saved.settings
     found = preferences.load(args.preferences, args.format, args.provenance)
     test = preferences.load(args.test, args.format, args.provenance) if args.test else None
     names = DPOConfig.__dataclass_fields__
@@ -78,9 +80,8 @@ def command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON)
     _resume(args, run, reporter)
     result = run.fit()
     if result.stopped == "interrupted":
-        reporter.line(
-            f"interrupted and saved in {shlex.quote(str(args.out))}; the same command goes on"
-        )
+        where = shlex.quote(str(args.out))
+        print(f"interrupted and saved in {where}; the same command goes on", file=sys.stderr)
         return errors.INTERRUPTED
     after = _text(model, held, tokenizer)
     reporter.line(f"before: {result.before}")

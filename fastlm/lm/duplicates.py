@@ -58,7 +58,8 @@ class Signature:
         self._digest.update(piece.encode("utf-8", "surrogatepass"))
         if not self._near:
             return
-        text = self._cut + piece.lower()
+        # not lower(), which asks what stands beside a Greek sigma
+        text = self._cut + piece.casefold()
         # the last word may go on in the next piece
         end = len(text)
         while end and (text[end - 1].isalnum() or text[end - 1] == "_"):

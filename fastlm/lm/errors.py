@@ -57,6 +57,8 @@ class MissingExtra(UsageError):
         super().__init__(f"{purpose} needs the package {package}; pip install 'fastlm[{extra}]'")
 
 
+# of PyTorch, which has no type for them on a CPU
+_TOO_LARGE = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -70,9 +72,9 @@ def disk_full(error: BaseException) -> bool:
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Memory or disk ran out; PyTorch's CPU allocator says so in a plain RuntimeError."""
+    """Memory or disk ran out, or a tensor is larger than any memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or disk_full(error):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _TOO_LARGE)

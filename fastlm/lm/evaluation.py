@@ -106,9 +106,9 @@ def score(
 ) -> Score:
     """Score a text of two tokens or more, in parallel lanes that carry their state.
 
-    A lane starts without context, so the result is a little worse than reading in one piece. A
-    Transformer reads half of its context and scores the other half. The lanes are shared out among
-    ranks.
+    A lane starts without context, so the result is a little worse than reading in one piece; lanes
+    are of one length, so up to 15 tokens at the end are left out. A Transformer reads half of its
+    context and scores the other half. The lanes are shared out among ranks.
     """
     rows = min(ROWS, max(1, len(ids) // _length(model)))
     lane = (len(ids) - 1) // rows

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -16,10 +17,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import OutOfSpace, disk_full
+from .errors import OutOfSpace, UsageError, disk_full
 
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: NaN and the infinities, which it has not, are null."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
 
 
 def sha256(path: Path) -> str:
@@ -85,43 +101,65 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace one JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, dumps(value, indent=1) + "\n")
 
 
 class Lines:
-    """A file of lines that grows. A line cut short by a crash is dropped when it is opened."""
+    """A file of lines that grows. A line cut short by a crash is dropped when it is opened.
+
+    Raises:
+        UsageError: another process has it open.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         make_folder(path.parent)
-        with path.open("ab+") as file:
-            size = end = file.tell()
-            while end:
-                start = max(0, end - (1 << 16))
-                file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                end = start + found + 1
-                if found >= 0:
-                    break
-            if end < size:
-                file.truncate(end)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab+", buffering=0)
+        try:
+            self._claim()
+            self._drop_half_a_line()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _claim(self) -> None:
+        # of this process alone: neither its workers keep the lock, nor what comes after its death
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UsageError(
+                    f"{self.path}: another process writes to it; wait for that, or choose another "
+                    "--out"
+                ) from None
+            # a file system without locks
+
+    def _drop_half_a_line(self) -> None:
+        size = end = self._file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - (1 << 16))
+            self._file.seek(start)
+            found = self._file.read(end - start).rfind(b"\n")
+            end = start + found + 1
+            if found >= 0:
+                break
+        if end < size:
+            self._file.truncate(end)
 
     def write(self, line: str) -> None:
         """One line, on its way to the disk before the next step of the caller."""
+        data, start = memoryview(f"{line}\n".encode()), self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
+            self._file.truncate(start)  # half a line would spoil the next one too
             if disk_full(error):
                 raise no_space(self.path, len(line) + 1) from None
             raise
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError:
-            pass  # what `write` has reported already
+        self._file.close()
 
 
 @contextmanager

@@ -199,6 +199,8 @@ def command(args: argparse.Namespace, reporter: Reporter, print_json: Callable[[
         )
         if args.out is not None and text == variants[-1]:
             files.write_json(args.out, result())
+        if reporter.closed:
+            raise KeyboardInterrupt
 
     cross_validate(
         Recipe.of({}, values), variants, folds=args.folds, first=args.first, finished=finished

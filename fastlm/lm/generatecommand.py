@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, errors, generation
+from . import checkpoint, errors, generation, sources
 
 _SAMPLING = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
@@ -33,9 +33,9 @@ def _standard_input() -> str:
 
 def _prompt_of(source: str, number: int, line: str) -> str:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise errors.InputError(f"{source}, line {number}: no JSON: {error.msg}") from None
+        value = sources.parsed(line)
+    except ValueError as error:
+        raise errors.InputError(f"{source}, line {number}: no JSON: {error}") from None
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise errors.InputError(
@@ -71,7 +71,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt == "-":
         # a shell ends what it writes with a line end that nobody meant
         return [_standard_input().removesuffix("\n").removesuffix("\r")]
-    return [args.prompt]
+    # bytes that the locale could not read are in it as they came
+    return [_utf8("--prompt", os.fsencode(args.prompt))]
 
 
 def _warn_of_context(model: Any, tokenizer: Any, prompts: list[str]) -> None:

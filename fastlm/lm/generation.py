@@ -33,14 +33,22 @@ def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
     return load_checkpoint(saved)
 
 
+def no_model(saved: checkpoint.Checkpoint, error: Exception) -> CheckpointError:
+    """What a state without a language model is."""
+    config = saved.state.get("config")
+    found = config.get("model") if isinstance(config, dict) else None
+    what = str(error)
+    if isinstance(found, dict) and found.get("class") == "RewardModel":
+        what = "a reward model: fastlm eval and rl --reward take it"
+    return CheckpointError(f"{saved.path / checkpoint.STATE}: no model in it ({what})")
+
+
 def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokenizer]:
     try:
         settings: dict[str, Any] = dict(saved.state["config"]["model"])
         model = CLASSES[settings.pop("kind")](**settings)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{saved.path / checkpoint.STATE}: no model in it ({error})"
-        ) from None
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+        raise no_model(saved, error) from None
     checkpoint.load_parameters(model, saved)
     found = tokenizer.load(saved.path / checkpoint.TOKENIZER)
     if found.vocab_size != model.config.vocab_size:
@@ -48,7 +56,8 @@ def load_checkpoint(saved: checkpoint.Checkpoint) -> tuple[LanguageModel, Tokeni
             f"{saved.path / checkpoint.TOKENIZER}: {found.vocab_size} ids, the model has "
             f"{model.config.vocab_size}"
         )
-    trained_with = saved.state["config"].get("data", {}).get("tokenizer", found.sha256)
+    with saved.understood():
+        trained_with = saved.state["config"].get("data", {}).get("tokenizer", found.sha256)
     if found.sha256 != trained_with:
         raise CheckpointError(
             f"{saved.path / checkpoint.TOKENIZER}: not the tokenizer of the model's training"

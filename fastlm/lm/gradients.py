@@ -75,17 +75,22 @@ def backward(
     state_parts: Any = [None] * len(token_parts)
     if state is not None:
         state_parts = state.split([len(part) for part in token_parts], 1)
-    kept = (ranks or Ranks()).totals([int((part != IGNORED).sum()) for part in target_parts])
+    ranks = ranks or Ranks()
+    kept = ranks.totals([int((part != IGNORED).sum()) for part in target_parts])
+    # the others leave their gradient on its rank, for this one to sum over all
+    last = max((number for number, count in enumerate(kept) if count), default=len(kept) - 1)
     # of nothing the mean is NaN, here as in one part
     total, states = torch.full((), 0.0 if sum(kept) else torch.nan, device=tokens.device), []
-    for part, wanted, before, count in zip(
-        token_parts, target_parts, state_parts, kept, strict=True
+    for number, (part, wanted, before, count) in enumerate(
+        zip(token_parts, target_parts, state_parts, kept, strict=True)
     ):
-        loss, after = forward(loss_of, part, wanted, before, config)
-        if count:
-            share = loss * (count / sum(kept))
-            share.backward()
-            total += share.detach()
+        with ranks.apart(number != last):
+            loss, after = forward(loss_of, part, wanted, before, config)
+            # without any target too: FSDP2 gives its whole parameters back in the backward
+            if count or not sum(kept):
+                share = loss * (count / sum(kept)) if count else loss
+                share.backward()
+                total += share.detach()
         if (left := _carried(model, after)) is not None:
             states.append(left)
     return total, torch.cat(states, 1) if states else None

@@ -29,15 +29,20 @@ def terminable() -> Iterator[None]:
 
 
 class Interrupt:
-    """`requested` turns true at the first signal; a second within 5 s raises KeyboardInterrupt."""
+    """`requested` turns true at the first signal; a second within 5 s raises KeyboardInterrupt,
+    unless all is `saved`: then the command ends as it would have."""
+
+    alone = False  # the command is all that this process does
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.saved = False
         self._at = float("-inf")
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self.saved:
+            return
         if self.requested and now - self._at < SECOND_WITHIN:
             raise KeyboardInterrupt
         self.requested, self._at = True, now
@@ -51,7 +56,14 @@ class Interrupt:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.saved and self.alone else handler)
+
+
+def deaf() -> None:
+    """From here on nothing ends this process but itself, for the moment that it still takes."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

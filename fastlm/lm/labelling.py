@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import files, sources
-from .errors import InputError
+from .errors import InputError, UsageError
 from .preferences import check_provenance
 
 ANSWERS = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
@@ -63,18 +63,34 @@ class Answers:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")
+        if os.path.lexists(path):
+            lines = self._text().split("\n")
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    self.records.append(json.loads(line))
+                    record = sources.parsed(line)
                 except ValueError:
                     if number < len(lines):
                         raise InputError(f"{path}: line {number} is damaged") from None
                     # the last line of a session that was killed while writing
                     self._rewrite()
+                    continue
+                if not isinstance(record, dict) or not {"key", "choice"} <= record.keys():
+                    raise InputError(
+                        f"{path}: line {number} is no answer of prefs label; choose another --out"
+                    )
+                self.records.append(record)
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{self.path}: no answers of prefs label; choose another --out"
+            ) from None
 
     def _rewrite(self) -> None:
         files.write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
@@ -131,6 +147,13 @@ def keyboard(stream: TextIO | None = None) -> Iterator[Callable[[], str]]:
         termios.tcsetattr(number, termios.TCSADRAIN, before)
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a number without a name, as in a container
+        raise UsageError("this user has no name; say who judges: --annotator NAME") from None
+
+
 def _ask(question: Question, swapped: bool, number: str, out: TextIO) -> None:
     first, second = (question.b, question.a) if swapped else (question.a, question.b)
     rule = "-" * 72
@@ -153,7 +176,7 @@ def label(
     better place; the record says what was shown.
     """
     out = out or sys.stdout
-    name = annotator or getpass.getuser()
+    name = annotator or _user()
     provenance = check_provenance(f"human:{name}", "--annotator")
     todo = [q for q in questions if q.key not in answers.done()]
     already, count, at = len(questions) - len(todo), 0, 0

@@ -22,6 +22,7 @@ from . import (
     preferences,
     reward,
     rollouts,
+    synthetic,
 )
 from .judging import Reward
 from .kinds import LanguageModel
@@ -34,8 +35,8 @@ JUDGED = 200  # texts before and after
 
 
 def _label(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
-    answers = labelling.Answers(args.out)
     questions = labelling.read_questions(args.questions)
+    answers = labelling.Answers(args.out)
     with labelling.keyboard() as key:
         count = labelling.label(
             questions,
@@ -72,28 +73,32 @@ def _counted(
 
 
 def open_model(
-    path: Path, data: list[str] | None, holdout: str | None
+    path: Path,
+    data: list[str] | None,
+    holdout: str | None,
+    remedy: str = "give --data and --holdout as in its training",
 ) -> tuple[LanguageModel, Tokenizer, Prepared]:
-    """A model, and the text it was trained on, split as it was then."""
+    """A model, and the text it was trained on, split as it was then. `remedy`: what the command
+    offers where that is another text by now."""
     saved = checkpoint.find(path)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)
-    settings = saved.state.get("settings", {})
+    settings = saved.settings
     if settings.get("pairs") is not None and data is None:
         raise errors.UsageError(f"{path} was trained on pairs; give a text: --data FILE")
-    paths = tuple(data) if data is not None else settings.get("data")
-    which = held_out_of(settings.get("holdout") if holdout is None else holdout)
-    config = DataConfig(
-        None if paths is None else tuple(paths), which, tokenizer.kind, settings.get("vocab", 2048)
-    )
+    with saved.understood():
+        paths = settings.get("data") if data is None else data
+        config = DataConfig(
+            None if paths is None else tuple(map(str, paths)),
+            held_out_of(settings.get("holdout") if holdout is None else holdout),
+            tokenizer.kind,
+            int(settings.get("vocab", 2048)),
+        )
     # a model that started from another one may be asked about any text
     own = settings.get("init") is not None or settings.get("pairs") is not None
     prepared = prepare(config, given=tokenizer if own else None)
     if prepared.tokenizer.sha256 != tokenizer.sha256:
-        raise errors.InputError(
-            f"{path}: the model's tokenizer is not that of this text; give --data and --holdout as "
-            "in its training"
-        )
+        raise errors.InputError(f"{path}: the model's tokenizer is not that of this text; {remedy}")
     return model, tokenizer, prepared
 
 
@@ -134,7 +139,23 @@ def _sample(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON)
     return errors.OK
 
 
-PREFS = {"label": _label, "sample": _sample, "check": _check, "from-model": _from_model}
+def _synthetic(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
+    questions = labelling.read_questions(args.questions)
+    found = synthetic.prefer(questions, args.rule)
+    if not found:
+        raise errors.InputError(f"{args.questions}: {args.rule} prefers no text to its other one")
+    preferences.save(args.out, found)
+    reporter.line(f"{len(questions) - len(found):,} of {len(questions):,} questions left out: ties")
+    return _counted(args, found, reporter, print_json)
+
+
+PREFS = {
+    "label": _label,
+    "sample": _sample,
+    "check": _check,
+    "from-model": _from_model,
+    "synthetic": _synthetic,
+}
 
 
 def reward_command(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -> int:
@@ -184,7 +205,7 @@ def over_optimised(before: dict[str, float], after: dict[str, float]) -> bool:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Of the training of the model that is improved: its text is known to what comes after."""
-    own: dict[str, Any] = checkpoint.find(args.model).state.get("settings", {})
+    own = checkpoint.find(args.model).settings
     if own or args.data is None:
         return own
     return {"data": [str(Path(path).resolve()) for path in args.data], "holdout": args.holdout}

@@ -48,6 +48,20 @@ def prefs_commands(commands: Any) -> None:
     sample.add_argument("--count", type=int, default=50, metavar="N")
     _sampling_options(sample)
 
+    rule = steps.add_parser(
+        "synthetic", help="a rule chooses instead of a person; provenance synthetic:RULE"
+    )
+    rule.add_argument("questions", type=Path, help="as for label, of sample")
+    rule.add_argument(
+        "--rule",
+        required=True,
+        choices=("quotes", "sentence", "repetition", "variety"),
+        help="balanced quotation marks, ends with a sentence, few repeated runs of 4 words, many "
+        "different words",
+    )
+    rule.add_argument("--out", type=Path, required=True, metavar="FILE")
+    output_options(rule)
+
     check = steps.add_parser("check", help="read preferences, count them by who chose")
     check.add_argument("paths", nargs="+", metavar="FILE")
     check.add_argument("--format", choices=PREFERENCES, default="auto")

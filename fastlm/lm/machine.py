@@ -16,6 +16,7 @@ from fastlm import matmul
 from .errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda")
+MOST_THREADS = 1024  # OpenMP ends the process where it gets no thread
 
 
 def device_of(name: str) -> torch.device:
@@ -30,6 +31,17 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UsageError("--device cuda: PyTorch finds no GPU here; fastlm doctor says why")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def use_threads(count: int | None) -> None:
+    """As an option says; None leaves it to torch."""
+    if count is None:
+        return
+    if count < 1:
+        raise UsageError(f"--threads must be at least 1, got {count}")
+    if count > MOST_THREADS:
+        raise UsageError(f"--threads must be at most {MOST_THREADS:,}, got {count:,}")
+    torch.set_num_threads(count)
 
 
 @functools.cache

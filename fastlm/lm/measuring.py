@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,8 +71,7 @@ def total(scores: dict[str, Score]) -> Score:
     tokens = sum(s.tokens for s in scores.values())
     size = sum(s.bytes for s in scores.values())
     nats = sum(s.nats_per_token * s.tokens for s in scores.values())
-    bits = sum(s.bits_per_byte * s.bytes for s in scores.values())
-    return Score(nats / tokens, bits / max(1, size), tokens, size)
+    return Score(nats / tokens, nats / math.log(2) / max(1, size), tokens, size)
 
 
 def quality(
@@ -164,7 +165,10 @@ def _eval(args: argparse.Namespace, reporter: Reporter, print_json: PrintJSON) -
     if not args.paths and pairscommand.trained_on_pairs(args.model):
         return pairscommand.eval_command(args, reporter, print_json)
     if not args.paths:
-        model, tokenizer, prepared = learning.open_model(args.model, None, None)
+        remedy = (
+            f"it has changed since; name a text: fastlm eval {shlex.quote(str(args.model))} PATH"
+        )
+        model, tokenizer, prepared = learning.open_model(args.model, None, None, remedy)
         return _report(args, model, tokenizer, prepared.tokens, reporter, print_json)
     checkpoint.say_skipped(saved)
     model, tokenizer = generation.load_checkpoint(saved)

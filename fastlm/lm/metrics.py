@@ -71,7 +71,7 @@ def roc_curve(scores: Sequence[float], labels: Sequence[bool]) -> tuple[Floats, 
 
 def _places(seed: int, sizes: Sequence[int], draws: int) -> Any:
     """Draws with replacement, from each group for itself so that none is ever empty."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**64)
     for _ in range(draws):
         yield [generator.integers(0, size, size) for size in sizes]
 

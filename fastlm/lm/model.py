@@ -79,7 +79,22 @@ class _PlainBody(nn.Module):
         return self.gru(self.embedding(tokens), h0)
 
 
-class _LanguageModel(nn.Module):
+class Trainable:
+    """What every language model here has beside its mathematics."""
+
+    def fit(self, tokens: Any, tokenizer: Any, **options: Any) -> Any:
+        """Train on a store that `prepare` made; options are fields of `TrainConfig`, and `out`,
+        `reporter` and `save_every` of `Trainer`, whose `Result` it gives.
+
+            found = lm.prepare(lm.DataConfig(("books/",)))
+            result = model.fit(found.tokens, found.tokenizer, budget="60s", lr=4e-3)
+        """
+        from . import training  # which is made of models
+
+        return training.fit(self, tokens, tokenizer, **options)
+
+
+class _LanguageModel(Trainable, nn.Module):
     """What the two models share; they differ in `body` and in how the loss is computed."""
 
     body: nn.Module

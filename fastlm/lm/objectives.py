@@ -9,6 +9,7 @@ ipo, simpo and orpo take the mean log-prob of a text's tokens, the others their 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,6 @@ BETAS = {"dpo": 0.1, "ipo": 0.1, "hinge": 0.1, "cpo": 0.1, "simpo": 2.0, "orpo":
 OF_REFERENCE = {"dpo": "sigmoid", "ipo": "ipo", "hinge": "hinge"}
 AVERAGED = ("ipo", "simpo", "orpo")
 ENDS = ("auto", "yes", "no")
-ROWS = 32  # preferences scored at once
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ class DPOConfig:
         for name, least in {"batch": 1, "evals": 1, "longest": 2}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not (self.lr > 0 and self.clip > 0 and self.strength > 0):
-            raise UsageError("lr, clip and beta must be above 0")
+        if not all(0 < value < math.inf for value in (self.lr, self.clip, self.strength)):
+            raise UsageError("lr, clip and beta must be finite and above 0")
+        if not math.isfinite(self.gamma):
+            raise UsageError(f"gamma must be finite, got {self.gamma}")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1):
             raise UsageError("warmup must be in [0, 1) and floor in [0, 1]")
         if not 0 <= self.label_smoothing <= 0.5:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastlm import __version__
+
 from .learnoptions import dpo_command, learning_commands, prefs_commands
 from .outputoptions import output_options
 from .suggest import Parser
@@ -202,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         "5 out of memory or disk, 130 interrupted and saved",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"fastlm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the whole job on real text, with its own criteria")

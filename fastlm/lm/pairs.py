@@ -279,7 +279,7 @@ class Order:
 
     def chosen(self) -> list[int]:
         """The rows of the cursor, which moves on."""
-        if self.step == self.steps_per_epoch:
+        if self.step >= self.steps_per_epoch:  # above it where a batch has more rows than before
             self.epoch, self.step = self.epoch + 1, 0
         self.step += 1
         return self._epoch(self.epoch)[self.step - 1]

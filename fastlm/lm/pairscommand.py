@@ -22,8 +22,7 @@ SHOWN = 5  # summaries beside what a person wrote
 
 def _settings(path: Path) -> dict[str, Any]:
     """What the options of its training were."""
-    found: dict[str, Any] = checkpoint.find(path).state.get("settings", {})
-    return found
+    return checkpoint.find(path).settings
 
 
 def trained_on_pairs(path: Path) -> bool:

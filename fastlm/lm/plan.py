@@ -54,7 +54,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def bytes_of(text: str) -> int:
     """`8GiB`, `500MB` or `512M`: powers of 1024 all."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) < math.inf:
         raise UsageError(f"memory must be like 8GiB or 500MB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

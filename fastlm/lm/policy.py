@@ -16,7 +16,6 @@ its decoder by rounding, are the old ones.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 import warnings
@@ -32,6 +31,7 @@ import fastlm
 
 from . import checkpoint, files, metrics, rollouts
 from .budget import Budget
+from .config import require_not_negative
 from .errors import TrainingError, UsageError
 from .interrupt import Interrupt
 from .judging import Reward, judged
@@ -82,8 +82,16 @@ class PolicyConfig:
             )
         if self.updates > 1 and self.algorithm in ("reinforce", "rloo"):
             raise UsageError(f"{self.algorithm} is on-policy: updates must be 1")
-        if not (self.lr > 0 and self.temperature > 0 and self.kl_coef >= 0):
-            raise UsageError("lr and temperature must be above 0, kl_coef not below")
+        if not (0 < self.lr < math.inf and 0 < self.temperature < math.inf):
+            raise UsageError("lr and temperature must be finite and above 0")
+        if not self.clip > 0:
+            raise UsageError("clip must be above 0")
+        if not (0 <= self.kl_coef < math.inf and 0 <= self.clip_eps < math.inf):
+            raise UsageError("kl_coef and clip_eps must be finite and not negative")
+        if self.until is not None and math.isnan(self.until):
+            raise UsageError("until must be a number, got nan")
+        if self.largest_kl is not None:
+            require_not_negative(largest_kl=self.largest_kl)
 
 
 @dataclass
@@ -158,6 +166,7 @@ class PolicyGradient:
         settings: dict[str, Any] | None = None,
         on_iteration: Callable[[Iteration], None] | None = None,
     ) -> None:
+        require_not_negative(save_every=save_every)
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UsageError("the token store was written with another tokenizer")
         self.model, self.tokenizer, self.store, self.reward = model, tokenizer, store, reward
@@ -288,7 +297,8 @@ class PolicyGradient:
                     self.seconds += done.seconds
                     self.history.append(done)
                     self._show(done)
-                    stopped = self._stop(done) or ("interrupted" if interrupt.requested else None)
+                    asked = interrupt.requested or self.reporter.closed
+                    stopped = self._stop(done) or ("interrupted" if asked else None)
                     if stopped is not None:
                         break
                     if self.out is not None and time.perf_counter() - saved_at >= self.save_every:
@@ -296,6 +306,7 @@ class PolicyGradient:
                         saved_at = time.perf_counter()
                 if self.out is not None:
                     self.save()
+                    interrupt.saved = stopped == "interrupted"
         finally:
             if self._metrics is not None:
                 self._metrics.close()
@@ -304,7 +315,7 @@ class PolicyGradient:
 
     def _show(self, done: Iteration) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"event": "iteration", **asdict(done)}))
+            self._metrics.write(files.dumps({"event": "iteration", **asdict(done)}))
         self.reporter.line(str(done))
         if self.on_iteration is not None:
             self.on_iteration(done)
@@ -340,6 +351,10 @@ class PolicyGradient:
         Raises:
             UsageError: the configuration differs; the message lists the differences.
         """
+        with saved.understood():
+            self._restore(saved, allow)
+
+    def _restore(self, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
         checkpoint.require_same(saved, self.described(), allow)
         tensors = checkpoint.load_training(saved, self.model, self.optimizer)
         mark = "reference."

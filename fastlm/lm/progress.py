@@ -46,7 +46,10 @@ def clock(seconds: float) -> str:
 
 class Reporter:
     """Plain lines; `update` prints at most one every `interval` seconds, of a `Progress` or what
-    else says itself in one."""
+    else says itself in one. `closed`: nobody reads any more (`fastlm train | head`), which ends no
+    work; what goes on for long saves and stops."""
+
+    closed = False
 
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self.stream = stream or sys.stdout
@@ -54,7 +57,11 @@ class Reporter:
         self._last: tuple[object, bool] | None = None
 
     def line(self, text: str = "") -> None:
-        print(text, file=self.stream, flush=True)
+        if not self.closed:
+            try:
+                print(text, file=self.stream, flush=True)
+            except BrokenPipeError:
+                self.closed = True
 
     def update(self, progress: object) -> None:
         due = time.monotonic() - self._printed >= self._interval

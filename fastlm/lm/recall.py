@@ -13,8 +13,6 @@ Source: associative recall, Arora et al. 2023 (arXiv:2312.04927).
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import files
+from . import files, machine
 from .budget import Budget, learning_rate
+from .errors import UsageError
 from .kinds import LanguageModel
 from .model import GRULM, parameter_count
 from .optimizer import make_optimizer
 from .pairs import IGNORED
+from .suggest import Parser
 from .transformer import TransformerLM
 
 
@@ -41,6 +41,13 @@ class Task:
     noise: int = 16  # different tokens between facts and questions
     distance: int = 512
     batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in {"pairs": 1, "distance": 0, "batch": 1}.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.pairs > self.keys:
+            raise UsageError(f"pairs must be at most {self.keys}, got {self.pairs}")
 
     @property
     def vocabulary(self) -> int:
@@ -169,21 +176,23 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `fastlm bench recall`."""
-    parser = argparse.ArgumentParser(prog="fastlm bench recall", description=__doc__)
+    parser = Parser(prog="fastlm bench recall", description=__doc__)
     parser.add_argument("--budget", default="120s", metavar="B", help="for each (120s)")
     parser.add_argument("--distance", type=int, default=Task.distance, metavar="N")
     parser.add_argument("--pairs", type=int, default=Task.pairs, metavar="N")
     parser.add_argument("--batch", type=int, default=Task.batch, metavar="N")
     parser.add_argument("--only", choices=("transformer", "gru"), help="one of the two")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    machine.use_threads(options.threads)
+    if options.save is not None:
+        files.require_place(options.save)
     task = Task(pairs=options.pairs, distance=options.distance, batch=options.batch)
     result = run(task, Budget.parse(options.budget), seed=options.seed, only=options.only)
     if options.save is not None:
         files.write_json(options.save, result)
-    print(json.dumps(result, indent=1) if options.json else report(result))
+    print(files.dumps(result, indent=1) if options.json else report(result))
     return 0

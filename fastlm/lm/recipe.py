@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import hub, paths
 from .cleaning import Cleaning
 from .config import TrainConfig
 from .errors import CheckpointError, UsageError
@@ -31,12 +32,29 @@ _OWN = {
     "gru": ("embedding",),
     "transformer": ("heads", "kv_heads", "ffn", "context", "z_loss", "recompute"),
 }
+MOST_LAYERS = 4096
 TOKENIZERS = ("auto", "bpe", "bytes")
 
 
 def foreign(recipe: Recipe) -> dict[str, str]:
     """{setting that this kind of model has not: the kind that has it}."""
     return {name: kind for kind, names in _OWN.items() if kind != recipe.model for name in names}
+
+
+def _absolute(name: str, path: str) -> str:
+    """A path for whoever resumes in another folder."""
+    if not path:
+        raise UsageError(f"--{name}: a name of a file or folder is empty")
+    if path == paths.STDIN or hub.names(path):  # which is refused by who reads them
+        return path
+    try:
+        found = str(Path(path).resolve())
+        found.encode()  # config.toml and the checkpoint name it
+    except UnicodeEncodeError:
+        raise UsageError(f"--{name} {path}: a name that is not UTF-8; rename it") from None
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL
+        raise UsageError(f"--{name} {path}: {error}") from None
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,12 +111,21 @@ class Recipe:
             raise UsageError(
                 f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}"
             )
+        for name in ("hidden", "embedding", "layers", "heads", "kv_heads", "ffn"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise UsageError(f"{name} must be at least 1, got {size}")
+        if self.layers > MOST_LAYERS:  # which are made one by one, hours before memory runs out
+            raise UsageError(f"layers must be at most {MOST_LAYERS:,}, got {self.layers:,}")
         for name, kind in foreign(self).items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} is for --model {kind}, not for {self.model}")
         if self.pairs is not None and self.data is not None:
             raise UsageError("--data is for text and --pairs for prompts and targets: one of them")
+        for name in ("format", "group", "longest", "learn") if self.pairs is None else ():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UsageError(f"--{name} is for --pairs, not for text")
         if self.pairs is None and self.context is not None and self.context < self.seq:
             raise UsageError(f"context must be at least seq ({self.seq}), got {self.context}")
 
@@ -109,9 +136,9 @@ class Recipe:
         values = {**DEFAULTS.get(kind, {}), **saved, **given}
         for name in ("data", "pairs"):
             if values.get(name) is not None:
-                values[name] = tuple(str(Path(path).resolve()) for path in values[name])
+                values[name] = tuple(_absolute(name, path) for path in values[name])
         if values.get("init") is not None:
-            values["init"] = str(Path(values["init"]).resolve())
+            values["init"] = _absolute("init", values["init"])
         try:
             return cls(**values)
         except TypeError as error:

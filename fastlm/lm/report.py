@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import errors, files, plot
+from . import errors, files, plot, sources
 from .progress import Reporter, clock
 
 TEMPLATES = Path(__file__).parent / "assets"
@@ -40,7 +40,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
-            event = json.loads(line)
+            event = sources.parsed(line)
         except ValueError:
             continue
         if not isinstance(event, dict) or "event" not in event:
@@ -50,6 +50,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
                 again = {k: v for k, v in _REPEATED.items() if v == kind}
                 found = [e for e in found if e["event"] not in again or e[kind] < now]
             last[kind] = now
+        if kind in _REPEATED:  # of numbers, where null is what was not finite
+            event = {name: math.nan if v is None else v for name, v in event.items()}
         found.append(event)
     return found
 
@@ -63,7 +65,7 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     events, path = read_events(run / "metrics.jsonl"), run / "report.json"
     if path.exists():
         try:
-            return json.loads(path.read_text(encoding="utf-8")), events
+            return sources.parsed(path.read_text(encoding="utf-8")), events
         except ValueError as error:
             raise errors.InputError(f"{path}: not JSON ({error})") from None
     if not events:
@@ -223,8 +225,19 @@ def page(found: dict[str, Any], events: list[dict[str, Any]]) -> str:
 
 
 def write(run: Path) -> Path:
-    """The page of a run, beside what it is made of."""
-    files.write_text(run / PAGE, page(*read(run)))
+    """The page of a run, beside what it is made of.
+
+    Raises:
+        InputError: what is there is of something else.
+    """
+    from jinja2 import UndefinedError
+
+    try:
+        made = page(*read(run))
+    except (KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:
+        what = f"missing or of another type: {error}"
+        raise errors.InputError(f"{run}: not the report of a run ({what})") from None
+    files.write_text(run / PAGE, made)
     return run / PAGE
 
 

@@ -10,6 +10,7 @@ Two kinds, unlike enough that one can be asked whether the other is being deceiv
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -58,8 +59,10 @@ class RewardConfig:
         Budget.parse(self.budget)
         if self.kind not in RATES:
             raise UsageError(f"kind must be one of {', '.join(RATES)}, got {self.kind!r}")
-        if self.batch < 1 or self.hidden < 1 or not (self.lr is None or self.lr > 0):
-            raise UsageError("batch, hidden and lr must be above 0")
+        if self.batch < 1 or self.hidden < 1:
+            raise UsageError("batch and hidden must be at least 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"lr must be finite and above 0, got {self.lr}")
 
 
 def _inside(tokens: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
@@ -304,7 +307,7 @@ def save(path: Path, model: RewardModel, tokenizer: Tokenizer, report: RewardRep
 
 
 def is_reward(saved: checkpoint.Checkpoint) -> bool:
-    model = saved.state.get("config", {}).get("model", {})
+    model = saved.state.get("config", {}).get("model")
     return isinstance(model, dict) and model.get("class") == "RewardModel"
 
 
@@ -319,7 +322,7 @@ def load(path: Path) -> Judge:
         settings = dict(saved.state["config"]["model"])
         settings.pop("class")
         model = RewardModel(**settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no reward model ({error})") from None
     checkpoint.load_parameters(model, saved)
     found = tokenizer.load(saved.path / checkpoint.TOKENIZER)

@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from .config import TrainConfig, wrong_number
 from .errors import MissingExtra, UsageError
 from .recipe import Recipe, foreign
 
@@ -78,6 +78,8 @@ def _field(key: str, source: str) -> str:
 def _typed(key: str, field: str, value: Any, source: str) -> Any:
     kind, optional = _kind(field)
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and kind in ("int", "float") and (problem := wrong_number(field, value)):
+        raise UsageError(f"{source}: {key} {problem}")
     if value is None and optional:
         return None
     if kind == "bool" and isinstance(value, bool):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def shard(model: Any, device: torch.device, world: int) -> Callable[..., tuple[T
     register_fsdp_forward_method(model, "loss")
     model.register_load_state_dict_pre_hook(load_parts)
     return lambda *args, **options: model.loss(*args, **options)
+
+
+@contextlib.contextmanager
+def apart(model: Any) -> Iterator[None]:
+    """Gradients of backwards inside stay whole on this rank; the next one shares out the sum."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def _in_parts(tensor: Any) -> bool:

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import sys
 import zlib
 from collections import Counter
@@ -25,26 +26,17 @@ from typing import IO, Any, cast
 from . import hub
 from .errors import InputError, UsageError
 from .markup import without_tags
+from .paths import KINDS, STDIN, expand, names, suffix_of
 
 FORMATS = ("auto", "text", "html", "jsonl", "csv")
-STDIN = "-"
 BLOCK = 1 << 20
 # a record is parsed whole: beyond this the file is hardly what its name says
 LARGEST_RECORD = 1 << 26
 # above this share of undecodable bytes a file is not text in the encoding we read
 MAX_BAD_BYTES = 0.01
 
-_KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".html": "html",
-    ".htm": "html",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
 Pieces = Iterator[str]
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -78,44 +70,6 @@ class Tally:
         self.examples.setdefault(what, example)
 
 
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-
-
-def _expand(paths: Iterable[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _KINDS)
-            if not found:
-                known = ", ".join(_KINDS)
-                raise InputError(f"{path}: no file in this folder ends in {known} (or .gz)")
-            files += found
-        else:
-            files.append(path)
-    return list(dict.fromkeys(files))
-
-
-def _stem(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix
-    return name.removesuffix(suffix) if suffix.lower() in _KINDS else name
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """One name for each file, unlike each other."""
-    taken, found = set[str](), []
-    for path in paths:
-        stem = "stdin" if str(path) == STDIN else _stem(path)
-        name, number = stem, 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        found.append(name)
-    return found
-
-
 def _blocks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, unpacked; what the system refuses becomes an InputError naming it."""
     try:
@@ -128,6 +82,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: damaged gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # a NUL in its name
+        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def _opened(path: Path) -> AbstractContextManager[IO[bytes]]:
@@ -192,7 +148,7 @@ def _decoded(path: Path, encoding: str, counts: Counter[str]) -> Pieces:
         what = "NUL bytes" if nul > bad.count else f"bytes that are not {encoding.upper()}"
         raise InputError(
             f"{path}: not text, {bad.count + nul:,} of {size:,} bytes are {what}; "
-            "convert it first, for example with iconv -t utf-8, or name its --encoding"
+            "convert it first, with iconv -t utf-8 or fastlm data clean --encoding NAME"
         )
     if blank:
         raise InputError(f"{path}: empty, no text in it")
@@ -211,19 +167,40 @@ def _lines(path: Path, pieces: Pieces) -> Iterator[tuple[int, str]]:
         if len(rest) > LARGEST_RECORD:
             raise InputError(
                 f"{path}: line {number + 1} is longer than {LARGEST_RECORD >> 20} MiB; "
-                "as plain text it could be read: --format text"
+                "as plain text fastlm data clean --format text reads it"
             )
     if rest:
         yield number + 1, rest.rstrip("\r")
 
 
 def _no_column(
-    path: Path, line: int, column: str, there: Iterable[object], option: str = "--column"
+    path: Path, line: int, column: str, there: Iterable[object], option: str
 ) -> InputError:
     listed = ", ".join(map(repr, there)) or "none"
     return InputError(
         f"{path}: line {line} has no column {column!r}; there are {listed} ({option})"
     )
+
+
+def parsed(line: str) -> Any:
+    """A line of JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(line.lstrip("\ufeff"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _whole(record: dict[str, Any], line: str, counts: Counter[str]) -> dict[str, Any]:
+    """Without halves of pairs of surrogates, which no encoding can write: each is U+FFFD."""
+    if "\\ud" not in line.lower():
+        return record
+    text, halves = _HALF.subn("\ufffd", json.dumps(record, ensure_ascii=False))
+    counts["halves of characters"] += halves
+    return json.loads(text) if halves else record
 
 
 def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -232,19 +209,19 @@ def json_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int
         if not line.strip():
             continue
         try:
-            record = json.loads(line.lstrip("\ufeff"))
+            record = parsed(line)
         except ValueError as error:
             tally.add("lines that are not JSON", f"{path}: line {number}: {error}")
             continue
         if isinstance(record, dict):
-            yield number, record
+            yield number, _whole(record, line, tally.counts)
         else:
             tally.add("lines that are not JSON objects", f"{path}: line {number}")
 
 
 def csv_records(path: Path, pieces: Pieces, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of CSV (or of tabs) by line number; the first row names the columns."""
-    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
     before = csv.field_size_limit(LARGEST_RECORD)
     try:
         lines = (line.lstrip("\ufeff") + "\n" for _, line in _lines(path, pieces))
@@ -268,7 +245,7 @@ RECORDS: dict[str, Callable[[Path, Pieces, Tally], Iterator[tuple[int, dict[str,
 
 
 def kind_of(path: Path, reading: Reading) -> str:
-    kind = _KINDS.get(_suffix(path), "text") if reading.format == "auto" else reading.format
+    kind = KINDS.get(suffix_of(path), "text") if reading.format == "auto" else reading.format
     return "html" if reading.html and kind == "text" else kind
 
 
@@ -286,7 +263,7 @@ def objects(path: Path, reading: Reading, tally: Tally) -> Iterator[tuple[int, d
         return hub.records(path)
     kind = kind_of(path, reading)
     if kind not in RECORDS:
-        raise InputError(f"{path}: records are .jsonl or .csv, or say --format jsonl")
+        raise InputError(f"{path}: records are in files named .jsonl or .csv")
     return RECORDS[kind](path, _decoded(path, reading.encoding, tally.counts), tally)
 
 
@@ -298,7 +275,8 @@ def records(
     Raises:
         InputError: a column is missing, or no line could be used; the message names the first.
     """
-    count, option = 0, "--column" if len(columns) == 1 else "--format, --group"
+    count = 0
+    option = "fastlm data clean --column NAME" if len(columns) == 1 else "--format, --group"
     for number, record in objects(path, reading, tally):
         for column in columns:
             if column not in record:
@@ -309,8 +287,8 @@ def records(
         count += 1
         yield number, {column: record[column] for column in columns}
     if not count:
-        why = next(iter(tally.examples.values()), "no record in it")
-        raise InputError(f"{path}: no usable record ({why})")
+        kind, example = next(iter(tally.examples.items()), ("no record in it", ""))
+        raise InputError(f"{path}: no usable record ({kind}{': ' * bool(example)}{example})")
 
 
 def _documents(
@@ -344,7 +322,7 @@ def read(
             of any other file raise in the caller's hands, who may go on.
     """
     reading, tally = reading or Reading(), tally or Tally()
-    files = _expand(paths)
+    files = expand(paths)
     if not files:
         raise InputError("no text file given")
     for path, name in zip(files, names(files), strict=True):
@@ -362,7 +340,7 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     Raises:
         InputError: as `read`. UsageError: standard input can be read only once.
     """
-    files = _expand(paths)
+    files = expand(paths)
     if any(str(path) == STDIN for path in files):
         raise UsageError("standard input can be read once only: save it with fastlm data clean")
     for path in filter(hub.names, files):

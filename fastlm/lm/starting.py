@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, pairdata, preparation, tokenizer
+from . import checkpoint, generation, pairdata, preparation, tokenizer
 from .config import difference
-from .errors import CheckpointError, UsageError
+from .errors import UsageError
 from .kinds import KINDS, LanguageModel
 from .recipe import DEFAULTS, Recipe
 from .tokenizer import Tokenizer
@@ -70,9 +71,7 @@ def start_from(path: Path) -> Start:
         model = dict(saved.state["config"]["model"])
         kind = names[model.pop("kind")]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{saved.path / checkpoint.STATE}: no model in it ({error})"
-        ) from None
+        raise generation.no_model(saved, error) from None
     found = tokenizer.load(saved.path / checkpoint.TOKENIZER)
     settings = {_OPTIONS[name]: value for name, value in model.items() if name in _OPTIONS}
     settings |= {"model": kind, "init": str(path.resolve()), "tokenizer": found.kind, "lr": LR}
@@ -91,7 +90,7 @@ def start_of(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Star
     if given.get("init") is None:
         return None
     if saved is not None:
-        before = saved.state.get("settings", {}).get("init")
+        before = saved.settings.get("init")
         if before != str(Path(given["init"]).resolve()):
             raise UsageError(
                 f"{saved.path} started from {before or 'a new model'}; use another --out"
@@ -99,7 +98,7 @@ def start_of(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Star
         return None
     start = start_from(Path(given["init"]))
     # the settings of the run that made it may be given again, by --config
-    own = start.saved.state.get("settings", {})
+    own = start.saved.settings
     agreed = {
         "tokenizer": ("auto", start.tokenizer.kind),
         "vocab": (start.tokenizer.vocab_size, own.get("vocab")),
@@ -131,9 +130,14 @@ def choose(given: dict[str, Any], saved: checkpoint.Checkpoint | None) -> Chosen
     if saved is not None and "train" not in saved.state.get("config", {}):
         raise UsageError(f"{saved.path} is of another command than train; use another --out")
     start = start_of(given, saved)
-    remembered = saved.state.get("settings", {}) if saved is not None else {}
-    recipe = Recipe.of(remembered if start is None else start.settings, given)
-    recipe.train_config()
+    remembered = saved.settings if saved is not None else {}
+    source, known_settings = (saved, remembered) if start is None else (start.saved, start.settings)
+    kind = known_settings.get("model")
+    if source is not None and kind is not None and given.get("model", kind) != kind:
+        raise UsageError(f"{source.path} is of --model {kind}, not {given['model']}")
+    with source.understood() if source is not None else nullcontext():
+        recipe = Recipe.of(known_settings, given)
+        recipe.train_config()
     known = None if start is None else start.tokenizer
     if saved is not None and recipe.init is not None:
         known = tokenizer.load(saved.path / checkpoint.TOKENIZER)

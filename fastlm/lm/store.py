@@ -24,6 +24,7 @@ from .tokenizer import Tokenizer
 TOKENS = "tokens.bin"
 INDEX = "index.json"
 BLOCK = 1 << 22  # ids in memory at once
+MOST_WORKERS = 64  # processes of half a gigabyte each
 
 
 class Document(Protocol):
@@ -348,6 +349,8 @@ def loaded(batches: Any, workers: int) -> Any:
     """
     if workers < 0:
         raise UsageError(f"workers must not be negative, got {workers}")
+    if workers > MOST_WORKERS:
+        raise UsageError(f"workers must be at most {MOST_WORKERS}, got {workers:,}")
     if workers == 0:
         return batches
     if not isinstance(batches, Lanes):

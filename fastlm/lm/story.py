@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .budget import Budget
 from .errors import UsageError
 from .kinds import LanguageModel
@@ -171,7 +171,7 @@ class Story:
 
     def record(self, event: str, **values: Any) -> None:
         """A line of metrics.jsonl, which all phases share; on disk when this returns."""
-        line = json.dumps({"event": event, "phase": self.phase, **values})
+        line = files.dumps({"event": event, "phase": self.phase, **values})
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

@@ -7,11 +7,30 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from .config import wrong_number
+
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """ "; did you mean ...?", or nothing when no name is near."""
     found = difflib.get_close_matches(word, list(names), n=1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def _behind_options(
+    parser: argparse.ArgumentParser, found: argparse.Namespace, words: list[str]
+) -> bool:
+    """Whether these are files that stand behind options: `eval MODEL --samples 2 FILE`, where
+    argparse has given up on files at the first option."""
+    last = [action for action in parser._actions if not action.option_strings][-1:]
+    if not last or any(word.startswith("-") and word != "-" for word in words):
+        return False
+    name, many = last[0].dest, last[0].nargs in ("*", "+")
+    if many:
+        setattr(found, name, [*getattr(found, name), *words])
+    elif last[0].nargs == "?" and getattr(found, name) is None and len(words) == 1:
+        setattr(found, name, words[0])
+        many = True
+    return many
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +46,12 @@ class Parser(argparse.ArgumentParser):
                 action, f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}"
             )
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        if problem := wrong_number(action.dest, value):
+            raise argparse.ArgumentError(action, problem)
+        return value
+
     def _chosen(self, found: argparse.Namespace) -> argparse.ArgumentParser:
         """The parser of the command that was given."""
         for action in self._actions:
@@ -41,8 +66,8 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            chosen = self._chosen(found)
+        chosen = self._chosen(found)
+        if unknown and not _behind_options(chosen, found, unknown):
             word = unknown[0].partition("=")[0]
             if word.startswith("-"):
                 names = [n for action in chosen._actions for n in action.option_strings]

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from . import duplicates, files, sources
 from .cleaning import Cleaner, Cleaning
-from .errors import InputError
+from .errors import InputError, UsageError
 
 TEXT = "text.bin"
 INDEX = "texts.json"
@@ -33,6 +33,10 @@ class Filter:
     near: float | None = 0.8
     least: int = 1
     unusable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.least < 0:
+            raise UsageError(f"min_characters must not be negative, got {self.least}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 
 from . import anomaly, checkpoint, distributed, files, gradients, machine, sharding, trainstate
 from .budget import Budget, learning_rate
-from .config import TrainConfig
+from .config import TrainConfig, require_not_negative
 from .diagnosis import verdict
 from .errors import OutOfSpace, TrainingError, UsageError
 from .evaluation import Score, evaluate, sample
 from .interrupt import Interrupt
 from .kinds import LanguageModel
 from .optimizer import make_optimizer
-from .pairs import PairStore
+from .pairs import IGNORED, PairStore
 from .progress import Progress, Quiet, Reporter
 from .sinks import Callbacks, Sink
 from .store import Batches, TokenStore, loaded
@@ -62,6 +61,8 @@ class Trainer(Callbacks):
         on_step: called with the number of finished steps; for tests and callbacks.
         ranks: this process among several, from `distributed.connected`.
         workers: processes that read text ahead; the batches are the same with any number.
+        on_empty: "zero": a batch without a target that counts has loss 0 and zero gradients for
+            every parameter, and is said; "nan": it is as PyTorch has it, and skipped.
     """
 
     def __init__(
@@ -79,8 +80,16 @@ class Trainer(Callbacks):
         on_step: Callable[[int], None] | None = None,
         ranks: distributed.Ranks | None = None,
         workers: int = 0,
+        on_empty: str = "zero",
     ) -> None:
         super().__init__()
+        require_not_negative(save_every=save_every)
+        for name, value, known in (
+            ("on_empty", on_empty, ("zero", "nan")),
+            ("on_save_error", on_save_error, ("stop", "warn")),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} must be {' or '.join(known)}, got {value!r}")
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UsageError("the token store was written with another tokenizer")
         self.model, self.store, self.tokenizer, self.config = model, store, tokenizer, config
@@ -89,7 +98,7 @@ class Trainer(Callbacks):
         self.out = None if out is None else Path(out)
         self.reporter = reporter if reporter and self.ranks.chief else Quiet()
         self.save_every, self.settings, self.on_step = save_every, settings or {}, on_step
-        self.on_save_error = on_save_error
+        self.on_save_error, self.on_empty = on_save_error, on_empty
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         self.ranks.adopt(self.optimizer)
         batches = loaded(
@@ -161,7 +170,7 @@ class Trainer(Callbacks):
         if self._metrics is not None:
             line = {"event": event, "step": self.counters.steps, **values}
             with self._room():
-                self._metrics.write(json.dumps(line))
+                self._metrics.write(files.dumps(line))
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -195,6 +204,8 @@ class Trainer(Callbacks):
             self.model, tokens, targets, state, config, loss_of=self.loss, ranks=self.ranks
         )
         value = float(loss)
+        if empty := not math.isfinite(value) and self._empty(targets):
+            value = 0.0
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(found)
         if not (math.isfinite(value) and math.isfinite(float(sharding.whole(norm)))):
@@ -207,11 +218,24 @@ class Trainer(Callbacks):
             self.optimizer.step()
             self.hidden = after
             self._bad_in_a_row = 0
-            smooth = max(0.1, 1.0 / (counters.steps - counters.skipped + 1))
-            counters.loss_ema += smooth * (value - counters.loss_ema)
+            if not empty:
+                smooth = max(0.1, 1.0 / (counters.steps - counters.skipped + 1))
+                counters.loss_ema += smooth * (value - counters.loss_ema)
         self.optimizer.zero_grad(set_to_none=True)
         counters.steps += 1
         return value
+
+    def _empty(self, targets: Tensor) -> bool:
+        """Whether no rank has a target that counts, of which the mean is NaN; then the gradient of
+        every parameter is zero, on every rank."""
+        if self.on_empty == "nan" or self.ranks.total(int((targets != IGNORED).sum())):
+            return False
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        self._record("empty", valid_tokens=0)
+        self.reporter.line(f"step {self.counters.steps + 1}: 0 valid tokens, its loss is 0")
+        return True
 
     def _skip(self, what: str, tokens: Tensor, targets: Tensor, state: Tensor | None) -> None:
         """Write down the batch and where it went wrong."""
@@ -278,7 +302,7 @@ class Trainer(Callbacks):
             with Interrupt() as interrupt:
                 stopped = self._loop(interrupt)
                 self.reporter.close()
-                return self._finish(stopped)
+                return self._finish(stopped, interrupt)
         finally:
             self.reporter.close()
             for sink in self.sinks:
@@ -322,7 +346,7 @@ class Trainer(Callbacks):
             due = self.out is not None and now - saved_at >= self.save_every
             # the clocks and signals of other ranks would make them part
             counters.seconds, stop, due = self.ranks.decide(
-                counters.seconds, interrupt.requested, due
+                counters.seconds, interrupt.requested or self.reporter.closed, due
             )
             if stop:
                 return "interrupted"
@@ -368,13 +392,14 @@ class Trainer(Callbacks):
             now = same.nats_per_token
         return verdict(self.train_curve, [s.nats_per_token for s in self.scores], now)
 
-    def _finish(self, stopped: str) -> Result:
+    def _finish(self, stopped: str, interrupt: Interrupt) -> Result:
         score, words, path = None, "", None
         # a run that died between its last save and its end has done it
         if stopped == "budget" and self.counters.evaluated != self.counters.steps:
             self._evaluate(self.config.eval_tokens)
         if self.out is not None:
             path = self.save()
+            interrupt.saved = stopped == "interrupted"
         if stopped != "interrupted":
             words = self._verdict()
             if self.best_model is not None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, files, settings, starting
+from .config import TrainConfig
 from .errors import UsageError
+from .pairs import PairStore
 from .progress import Reporter
-from .trainer import Trainer
+from .store import TokenStore
+from .tokenizer import Tokenizer
+from .trainer import Result, Trainer
 
+_OWN = {field.name for field in fields(TrainConfig)}
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -73,3 +79,36 @@ def make_trainer(
     if folder is not None:
         files.write_text(folder / "config.toml", settings.dump(recipe))
     return run
+
+
+def fit(
+    model: Any,
+    tokens: TokenStore | PairStore,
+    tokenizer: Tokenizer,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    reporter: Reporter | None = None,
+    save_every: float = 30.0,
+    **options: Any,
+) -> Result:
+    """What `model.fit` does: `Trainer(model, tokens, tokenizer, TrainConfig(**options)).fit()`.
+
+    Raises:
+        UsageError: an option is no field of `TrainConfig` (the nearest one is named), or is of
+            another type.
+    """
+    given = settings.checked(options)
+    if foreign := sorted(given.keys() - _OWN):
+        raise UsageError(f"{', '.join(foreign)}: decided by the model and the text already")
+    if model.window is not None:
+        given = {"seq": model.window, **given}
+    run = Trainer(
+        model,
+        tokens,
+        tokenizer,
+        TrainConfig(**given),
+        out=None if out is None else Path(out),
+        reporter=reporter,
+        save_every=save_every,
+    )
+    return run.fit()

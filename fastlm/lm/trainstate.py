@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,15 @@ def require_same(saved: checkpoint.Checkpoint, now: dict[str, Any], allow: tuple
     checkpoint.require_same(saved, now, allow)
 
 
+def _same_rows(saved: checkpoint.Checkpoint, now: dict[str, Any]) -> bool:
+    """Whether a cursor stands for the rows that it stood for, and a state for theirs."""
+    before = saved.state["config"]
+    names = ("batch", "seq", "seed")
+    return before["data"] == now["data"] and all(
+        before["train"][name] == now["train"][name] for name in names
+    )
+
+
 def _machine(run: Trainer) -> dict[str, Any]:
     threads = torch.get_num_threads()
     return {"torch": torch.__version__, "threads": threads, **run.ranks.described()}
@@ -61,10 +71,12 @@ def capture(run: Trainer) -> tuple[checkpoint.Tensors, dict[str, Any]]:
     if run.best_model is not None:
         tensors |= {f"best.{name}": value for name, value in run.best_model.items()}
     generators, random_json = run.ranks.random_state()
+    best = run.counters.best
     state = {
         "config": run.described(),
         "settings": run.settings,
-        "counters": asdict(run.counters),
+        # JSON has no infinity
+        "counters": {**asdict(run.counters), "best": best if math.isfinite(best) else None},
         "cursor": run.lanes.state(),
         "scores": [asdict(score) for score in run.scores],
         "train_curve": run.train_curve,
@@ -76,20 +88,30 @@ def capture(run: Trainer) -> tuple[checkpoint.Tensors, dict[str, Any]]:
 
 def restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
     """As `Trainer.resume`."""
+    with saved.understood():
+        _restore(run, saved, allow)
+
+
+def _restore(run: Trainer, saved: checkpoint.Checkpoint, allow: tuple[str, ...]) -> None:
     require_same(saved, run.described(), allow)
     tensors = checkpoint.load_training(saved, run.model, run.optimizer)
-    hidden = run.ranks.own(tensors.get("hidden"))
-    run.hidden = None if hidden is None else hidden.to(run.device)
+    cursor = saved.state["cursor"]
+    if _same_rows(saved, run.described()):
+        hidden = run.ranks.own(tensors.get("hidden"))
+        run.hidden = None if hidden is None else hidden.to(run.device)
+    elif cursor["step"]:
+        cursor = {"epoch": cursor["epoch"] + 1, "step": 0}
+        run.reporter.line("note: other rows than in the checkpoint; the next epoch begins")
     best = {
         name.removeprefix("best."): value
         for name, value in tensors.items()
         if name.startswith("best.")
     }
     run.best_model = best or None
-    run.counters = Counters(**saved.state["counters"])
+    run.counters = Counters(**{k: v for k, v in saved.state["counters"].items() if v is not None})
     if run.ranks.chief:
         checkpoint.set_aside(run.out, saved)
-    run.lanes.restore(saved.state["cursor"])
+    run.lanes.restore(cursor)
     run.scores = [Score(**score) for score in saved.state["scores"]]
     run.train_curve = list(saved.state.get("train_curve", ()))
     if not run.ranks.restore_random_state(tensors, saved.state["random"]):

@@ -20,6 +20,7 @@ grouped heads, Ainslie et al. 2023 (arXiv:2305.13245); smaller branches, Radford
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from fastlm import checks
 
 from .decoding import Cache, Decoder
 from .errors import UsageError
+from .model import Trainable
 
 EPS = 1e-6
 # q [B, T, H, D], k and v [B, T, Hk, D] -> [B, T, H, D]
@@ -70,6 +72,12 @@ class TransformerConfig:
             raise UsageError(f"context must be at least 2, got {self.context}")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0.0 < self.rope_base < math.inf:
+            raise UsageError(f"rope_base must be finite and above 0, got {self.rope_base}")
+        if self.end is not None and self.end < 0:
+            raise UsageError(f"end must not be negative, got {self.end}")
+        if not 0.0 <= self.z_loss < math.inf:
+            raise UsageError(f"z_loss must be finite and not negative, got {self.z_loss}")
         if self.hidden_size % (2 * self.num_heads):
             raise UsageError(
                 f"hidden_size must be a multiple of twice num_heads ({2 * self.num_heads}), "
@@ -165,7 +173,7 @@ class Layer(nn.Module):
         return x + self.dropout(self.linear(F.silu(gate) * up, self.down.weight))
 
 
-class TransformerLM(nn.Module):
+class TransformerLM(Trainable, nn.Module):
     """Decoder-only Transformer; the arguments are those of `TransformerConfig`."""
 
     # a state of the model is the tokens before; reading them again is for evaluation alone

@@ -33,9 +33,9 @@ class StopText:
     def put(self, text: str) -> tuple[str, bool]:
         """(text that is certain, whether a stop string was completed)."""
         self._held += text
-        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if hits:
-            return self._held[: min(hits)], True
+        hits = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if hits:  # the first that is complete, wherever tokens were cut
+            return self._held[: min(hits)[1]], True
         keep = 0
         for stop in self._stops:
             for size in range(1, min(len(stop), len(self._held) + 1)):

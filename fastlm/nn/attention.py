@@ -30,7 +30,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     In `eval()` without gradients and masks a small call is PyTorch's, and an
     nn.TransformerEncoderLayer reads the parameters and runs PyTorch's own kernel, to the same
-    result; with `num_kv_heads` or `window` neither happens.
+    result; with `num_kv_heads` or `window` neither happens. torch.jit.script puts PyTorch's module,
+    on the same parameters, in the place of this one.
 
     Args:
         num_kv_heads: heads of key and value, a divisor of num_heads; the parameters are then
@@ -107,6 +108,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         for bias in (self.bias_k, self.bias_v):
             if bias is not None:
                 nn.init.xavier_normal_(bias)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: PyTorch's module on the same parameters, which it can compile."""
+        if self.extended:
+            return self
+        plain = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        plain.__dict__ = self.__dict__.copy()
+        return plain
 
     def extra_repr(self) -> str:
         names = ("num_kv_heads", "window")

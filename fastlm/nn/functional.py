@@ -33,6 +33,8 @@ _SHARED_BY = 4
 # rows looked at first: a mask of another kind is told by them
 _SAMPLED = 16
 _KERNELS = ("cuda", "triton", "cpu")
+# PyTorch's own, also in a program that puts ours in its place
+_PYTORCH = F.scaled_dot_product_attention
 # log2 of the multiply-adds from which on a call is worth ours, in the order: without and with
 # boolean masks, without and with gradient. By 4-byte and 2-byte elements; AMD EPYC (Zen 5,
 # AVX-512), 2 cores, 2026-11: a call costs 0.1 ms more than PyTorch's, 0.3 ms with such a mask
@@ -82,6 +84,19 @@ def large_enough(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> bool:
         return False  # one query of float32: torch 1.1x faster, the same machine
     work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * (q.shape[3] + v.shape[3])
     return work >= 1 << least[2 * masked + trained]
+
+
+def _tiny(query: Tensor, key: Tensor, value: Tensor, masked: bool) -> bool:
+    """Four-dimensional calls that `large_enough` would give to PyTorch, before any other look."""
+    if not (type(query) is type(key) is type(value) is Tensor and query.is_cpu):
+        return False
+    if not query.dim() == key.dim() == value.dim() == 4 or key.shape[2] != value.shape[2]:
+        return False
+    least = _LEAST.get(query.element_size())
+    if least is None or dispatch.forced() is not None:
+        return False
+    work = query.numel() * key.shape[2] * 2
+    return work < 1 << min(least[2 * masked : 2 * masked + 2])
 
 
 def kernel_takes(q: Tensor, k: Tensor, v: Tensor, masks: Masks, runs: bool, drop: bool) -> bool:
@@ -171,12 +186,17 @@ def _masks(mask: Tensor | None, is_causal: bool, dims: int, full: list[int]) -> 
     return Masks(keep=[mask]) if mask.dtype == torch.bool else Masks(bias=mask)
 
 
-def _bias_of_torch(mask: Any, rows: int, keys: int) -> str | None:
-    """The alignment of a torch.nn.attention.bias.CausalBias; None: it is something else."""
+def _is_causal_bias(mask: Any) -> bool:
+    """Whether it is a torch.nn.attention.bias.CausalBias."""
     module = sys.modules.get("torch.nn.attention.bias")
-    if module is None or not isinstance(mask, module.CausalBias):
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def _bias_of_torch(mask: Any, rows: int, keys: int) -> str | None:
+    """The alignment of a causal bias of PyTorch; None: it is something else."""
+    if not _is_causal_bias(mask):
         return None
-    if mask.variant == module.CausalVariant.UPPER_LEFT:
+    if mask.variant.name == "UPPER_LEFT":
         return "top_left"
     return "bottom_right" if (mask.seq_len_q, mask.seq_len_kv) == (rows, keys) else None
 
@@ -184,11 +204,14 @@ def _bias_of_torch(mask: Any, rows: int, keys: int) -> str | None:
 def _joined(shapes: list[list[int]]) -> list[int] | None:
     """The shape that all broadcast to, or None."""
     joined = []
-    for sizes in zip(*shapes, strict=True):
-        others = {n for n in sizes if n != 1}
-        if len(others) > 1:
-            return None
-        joined.append(others.pop() if others else 1)
+    for size, *others in zip(*shapes, strict=True):
+        # by comparison alone: a set would turn the size of a dynamic dimension into a constant
+        for n in others:
+            if size == 1:
+                size = n
+            elif n != 1 and n != size:
+                return None
+        joined.append(size)
     return joined
 
 
@@ -287,9 +310,15 @@ def scaled_dot_product_attention(
     Raises:
         What PyTorch raises; RuntimeError where key and value differ in length.
     """
-    out = _called(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if out is not None:
-        return out
-    return F.scaled_dot_product_attention(
+    boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    if not _tiny(query, key, value, boolean):
+        out = _called(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
+    function, mask = _PYTORCH, attn_mask  # type: Any, Any
+    if _PYTORCH is not F.scaled_dot_product_attention and _is_causal_bias(mask):
+        # such a bias knows PyTorch's function by its place there
+        function = mask._dispatch
+    return function(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import checks, dispatch
+from .. import checks
+from ..library import autocast_on
 from ..ops.embedding_gru.arguments import cells_of, check_options
+from ..ops.embedding_gru.by_torch import Form, embedded, of_few_steps
 from ..ops.embedding_gru.embedding import EmbeddingOptions
 from ..ops.embedding_gru.public import embedding_layer
-from ..ops.embedding_gru.stack import MOST_LEAST_STEPS, gru, least_steps
+from ..ops.embedding_gru.stack import dropped, gru
 from ..ops.embedding_gru.token_plan import TokenPlan
 from .decoder import GRUDecoder
-
-
-def autocast_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(device: str, weight: Tensor) -> torch.dtype | None:
@@ -82,7 +80,11 @@ class GRU(nn.RNNBase):
 
     def weights(self) -> list[Tensor]:
         """The parameters in the order of `fastlm.gru`, as they are at this call."""
-        return [getattr(self, name) for name in self._flat_weights_names]
+        own: Any = self._parameters  # getattr of a module takes 0.4 us each
+        try:
+            return [own[name] for name in self._flat_weights_names]
+        except KeyError:  # computed from others
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def forward(
         self,
@@ -94,11 +96,13 @@ class GRU(nn.RNNBase):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Any:
-        if reset is None and segment_ids is None and cu_seqlens is None and lengths is None:
-            short = self._short(input, hx)
-            if short is not None:
-                return short
         weights = self.weights()
+        plain = reset is None and segment_ids is None and cu_seqlens is None and lengths is None
+        if plain and self._takes_torchs():
+            drops = (self.dropout, self.training)
+            found = of_few_steps(input, hx, weights, self._form(), *drops, module=True)
+            if found is not None:
+                return found
         data = input.data if isinstance(input, PackedSequence) else input
         batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
         self._check(data, hx, batch_sizes, cu_seqlens, weights[0])
@@ -127,37 +131,12 @@ class GRU(nn.RNNBase):
             zoneout=self.zoneout,
         )
 
-    def _short(
-        self, input: Tensor | PackedSequence, hx: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """What `forward` gives where PyTorch's own GRU takes a call of few steps, or None: `gru`
-        comes to the same, and what it checks on the way takes longer than such a call."""
-        if isinstance(input, PackedSequence) or torch.compiler.is_compiling() or input.dim() != 3:
-            return None
-        first, second, features = input.shape
-        batch, steps = (first, second) if self.batch_first else (second, first)
-        if not 0 < steps < MOST_LEAST_STEPS or batch == 0 or features != self.input_size:
-            return None
-        if input.dtype is not torch.float32 or input.device.type != "cpu" or self.zoneout:
-            return None
-        if self.save != "gates" or self.precision not in ("auto", "ieee"):
-            return None
-        if not dispatch.undisturbed() or torch.is_autocast_enabled("cpu"):
-            return None
-        weights = self.weights()
-        w_hh, hidden = weights[1], self.hidden_size
-        differentiable = torch.is_grad_enabled() and (input.requires_grad or w_hh.requires_grad)
-        if w_hh.dtype is not torch.float32 or steps >= least_steps(batch, hidden, differentiable):
-            return None
-        shape = (self.num_layers * (2 if self.bidirectional else 1), batch, hidden)
-        if hx is None:
-            hx = input.new_zeros(shape)
-        elif hx.shape != shape or hx.dtype is not torch.float32:
-            return None
-        return torch.gru(
-            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, self.batch_first,
-        )  # fmt: skip
+    def _form(self) -> Form:
+        return Form(self.num_layers, self.bias, self.bidirectional, self.batch_first)
+
+    def _takes_torchs(self) -> bool:
+        """Whether PyTorch's own GRU does what is asked for."""
+        return not self.zoneout and self.save == "gates" and self.precision in ("auto", "ieee")
 
     def _check(
         self, data: Tensor, hx: Tensor | None, batch_sizes: Tensor | None,
@@ -289,6 +268,11 @@ class EmbeddingGRU(nn.Module):
         Bidirectional: output [B, T, 2 * H], states [2 * num_layers, B, H], as torch.nn.GRU.
         [T, B] without `batch_first`; [T] for one sequence, then h0 and h_n have no B.
         """
+        if plan is None and reset is None and segment_ids is None:
+            if cu_seqlens is None and lengths is None:
+                found = self._in_two(tokens, h0)
+                if found is not None:
+                    return found
         embedding, cells = self.embedding, self.gru
         ways = 2 if cells.bidirectional else 1
         first = ways * (4 if cells.bias else 2)
@@ -324,8 +308,8 @@ class EmbeddingGRU(nn.Module):
         )  # fmt: skip
         h_n = torch.stack(states)
         if cells.num_layers > 1:
-            if cells.dropout and self.training:
-                output = nn.functional.dropout(output, cells.dropout)
+            if cells.dropout and cells.training:
+                output = dropped(output, cells.dropout, not cells.batch_first)
             above, h_rest = gru(
                 output,
                 None if h0 is None else h0[ways:],
@@ -334,12 +318,36 @@ class EmbeddingGRU(nn.Module):
                 bias=cells.bias,
                 bidirectional=cells.bidirectional,
                 dropout=cells.dropout,
-                training=self.training,
+                training=cells.training,
                 **common,
             )
             assert isinstance(above, Tensor)  # as the input is
             output, h_n = above, torch.cat((h_n, h_rest))
         return (output, h_n) if cast is None else (output.to(cast), h_n.to(cast))
+
+    def _in_two(self, tokens: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Embedding and then GRU, in a call without options for which that is faster."""
+        embedding, cells = self.embedding, self.gru
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+            return None
+        if self.dedupe != "auto" or (self.embedding_dropout and self.training):
+            return None
+        weight = embedding.weight
+        if not cells._takes_torchs() or (weight.device.type == "cpu" and autocast_on("cpu")):
+            return None
+        form, weights = cells._form(), cells.weights()
+        rows = embedded(tokens, weight, h0, weights, form, embedding.padding_idx, module=True)
+        if rows is None:
+            return None
+        if autocast_on(weight.device.type):
+            return cells.forward(rows, h0)
+        drops = (cells.dropout, cells.training)
+        found = of_few_steps(rows, h0, weights, form, *drops, fits=True)
+        output, h_n = found or gru(
+            rows, h0, weights, **form._asdict(), dropout=drops[0], training=drops[1]
+        )
+        assert isinstance(output, Tensor)  # as the input is
+        return output, h_n
 
     @torch.no_grad()
     def decoder(self) -> GRUDecoder:

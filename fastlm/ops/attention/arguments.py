@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, library
 from ...philox import signed
 from .mask import AttnMask, Limits, coordinates, side
 
@@ -24,7 +24,7 @@ def floats(x: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not library.autocast_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
@@ -80,9 +80,10 @@ def check_starts(layout: str, starts: dict[str, Tensor | None], q: Tensor) -> No
         checks.same_device("attention", what, value, "q", q)
         if value.dim() != 1 or value.shape[0] < 2:
             checks.bad_value("attention", what, "[sequences + 1]", list(value.shape))
-    lengths = {tuple(value.shape) for value in starts.values() if value is not None}
-    if len(lengths) > 1:
-        got = " and ".join(str(list(n)) for n in sorted(lengths))
+    # compared, never hashed: that would make a constant of a dynamic size
+    lengths = [list(value.shape) for value in starts.values() if value is not None]
+    if any(n != lengths[0] for n in lengths):
+        got = " and ".join(map(str, sorted(lengths)))
         checks.bad_value("attention", "cu_seqlens_q and cu_seqlens_k", "equally long", got)
 
 

@@ -18,7 +18,7 @@ takes no gradient through lse), reference (everything; blocks of query rows, mem
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ from torch import Tensor
 from ... import checks, dispatch, extension, library, triton_backend
 from . import arguments, cpu_kernels, hopper, reference
 from .mask import AttnMask
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from typing_extensions import Unpack
+
+    from .signatures import Options as Signature
 
 _SHARED = (
     "Tensor? lo, Tensor? hi, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
@@ -256,6 +263,18 @@ _FROM_BSHD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **rest: Unpack[Signature]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **rest: Unpack[Signature]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **rest: Unpack[Signature]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -329,13 +348,7 @@ def attention(
         lo, hi = (x.contiguous() for x in torch.broadcast_tensors(lo, hi))
     found = _Attention.apply(
         return_lse,
-        q,
-        k,
-        v,
-        lo,
-        hi,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        *library.distinct(q, k, v, lo, hi, cu_seqlens_q, cu_seqlens_k),
         alibi_slopes,
         sink,
         None if bias is None else arguments.four_dims(bias, q, k.shape[1]),

@@ -121,9 +121,9 @@ def _slice_bias(bias: Tensor, block: Block) -> Tensor:
     return bias[:, :, rows, block.keys if bias.shape[3] > 1 else slice(None)]
 
 
-def _slopes(given: Options) -> Tensor:
+def _slopes(given: Options, dtype: torch.dtype) -> Tensor:
     assert given.alibi_slopes is not None
-    slopes = wide(given.alibi_slopes)
+    slopes = given.alibi_slopes.to(dtype)
     return (slopes if slopes.dim() == 2 else slopes[None])[..., None, None]
 
 
@@ -137,7 +137,7 @@ def _scores(
         tanh = torch.tanh(s / given.softcap)
         s = given.softcap * tanh
     if block.distance is not None:
-        s = s - _slopes(given) * block.distance
+        s = s - _slopes(given, s.dtype) * block.distance
     if given.bias is not None:
         s = s + wide(_slice_bias(given.bias, block))
     if block.outside is not None:
@@ -235,7 +235,7 @@ def backward(
     dq = torch.zeros_like(wide(q), memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (key, value))
     slopes, sink, bias = (
-        torch.zeros_like(wide(x)) if need and x is not None else None
+        torch.zeros_like(x, dtype=key.dtype) if need and x is not None else None
         for need, x in zip(needs, (given.alibi_slopes, given.sink, given.bias), strict=True)
     )
     # a row that attends to nothing takes no gradient, whatever arrives there
@@ -244,11 +244,22 @@ def backward(
     delta = torch.zeros_like(lse) if dlse is None else -dlse.masked_fill(nothing, 0.0)
     delta = delta[..., None]
     finite_lse = lse.masked_fill(nothing, 0.0)[..., None]
+    absorbed = None  # what the sink takes of each row's probability
+    if given.sink is not None:
+        absorbed = torch.exp(given.sink.to(lse.dtype)[:, None, None] - finite_lse)
     for block in _blocks(q, k, given):
         folded_q, folded_dout = (_fold(x, block.rows, groups) for x in (q, dout))
         part = key[:, :, block.keys]
         s, tanh = _scores(folded_q, part, block, given, heads)
         p = torch.exp(s - finite_lse[:, :, block.rows])
+        # lse is rounded: far from 0 its last bit is seen in the sum
+        total = p.sum(-1, keepdim=True)
+        if absorbed is not None:
+            total = total + absorbed[:, :, block.rows]
+        total = total.masked_fill(total == 0, 1.0)
+        p = p / total
+        if absorbed is not None:
+            absorbed[:, :, block.rows] /= total
         dp = _unfold(folded_dout @ value[:, :, block.keys].transpose(-1, -2), heads)
         keep = _dropout(block, given, p.shape, rows)
         dropped = p
@@ -271,7 +282,6 @@ def backward(
         dq[:, block.rows] = _unfold(folded @ part, heads).transpose(1, 2)
         dk[:, :, block.keys] += folded.transpose(-1, -2) @ folded_q
         dv[:, :, block.keys] += _refold(dropped, groups).transpose(-1, -2) @ folded_dout
-    if sink is not None and given.sink is not None:
-        share = torch.exp(wide(given.sink)[:, None] - finite_lse[..., 0])
-        sink -= (share * delta[..., 0]).sum((0, 2))
+    if sink is not None and absorbed is not None:
+        sink -= (absorbed * delta).sum((0, 2, 3))
     return Gradients(dq, dk.transpose(1, 2), dv.transpose(1, 2), slopes, sink, bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ..row_statistics import parallel
+from ..row_statistics import parallel, small
 from ..row_statistics.op import Statistics, Wanted
 from ..row_statistics.parallel import ParallelStatistics, Shard
 
@@ -93,6 +93,31 @@ def checked(
     scale, softcap = scores(op, temperature, logit_scale, logit_softcapping)
     weight = finite(op, "z_loss_weight", z_loss_weight)
     return Loss(op, reduction, smoothing, weight, scale, softcap, ignore_index, tuple(return_aux))
+
+
+def plain_scores(temperature: Any, logit_scale: Any, logit_softcapping: Any) -> bool:
+    """The scores are the logits."""
+    if logit_softcapping is not None or not small.number(temperature):
+        return False
+    return small.number(logit_scale) and temperature == logit_scale == 1
+
+
+def plain(
+    temperature: Any,
+    logit_scale: Any,
+    logit_softcapping: Any,
+    z_loss_weight: Any,
+    token_weight: Any,
+    group: Any,
+    vocab_start_index: Any,
+    return_aux: Any,
+) -> bool:
+    """None of what torch's own function lacks is asked for."""
+    if token_weight is not None or group is not None or vocab_start_index is not None:
+        return False
+    if not small.number(z_loss_weight) or z_loss_weight != 0 or return_aux != ():
+        return False
+    return plain_scores(temperature, logit_scale, logit_softcapping)
 
 
 def is_soft(op: str, target: Tensor, logits_shape: Sequence[int]) -> bool:
@@ -177,13 +202,16 @@ def compare_with(
         )
     kept = target.reshape(-1) != loss.ignore_index
     count = total = kept.sum().to(dtype) if mean else 1.0
-    on_target: Tensor | float = 1.0
+    on_target: Any = 1.0
     if weight is not None:
         if target_weight is None:
             # clamped: the row op reports an index out of range, with its position
             target_weight = weight[target.reshape(-1).clamp(0, weight.shape[0] - 1)]
         on_target = torch.where(kept, target_weight, 0.0)
-        total = on_target.sum() if mean else 1.0
+        if mean:
+            total = on_target.sum()
+            if smoothing > 0:  # as in torch: NaN, not what is spread over the classes over 0
+                total = total.masked_fill(total == 0, torch.nan)
     return Rows(
         target=target,
         class_weight=weight if smoothing > 0 else None,

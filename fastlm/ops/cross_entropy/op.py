@@ -1,7 +1,8 @@
 """Cross-entropy of logits: torch's function, with one read of the logits in each direction.
 
 Composed of `row_statistics` (which see for the kernel, the backends and what is saved) and a few
-operations on one number per row, so every option is differentiable with all others.
+operations on one number per row, so every option is differentiable with all others. Calls of few
+logits, and of float64, are PyTorch's own: see `row_statistics/small.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from ... import checks
-from ..row_statistics import parallel
+from ... import checks, dispatch
+from ..row_statistics import parallel, small
 from ..row_statistics.op import result_dtype, row_statistics
 from . import loss as losses
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from .signatures import LossOptions
 
@@ -37,6 +38,31 @@ def _rows_shape(input: Tensor, target: Tensor) -> list[int]:
             remedy = "; classes are dimension 1, so flatten: input.flatten(0, -2), target.flatten()"
         checks.shape(_OP, "target", target, expected, f"input is {list(input.shape)}{remedy}")
     return expected
+
+
+def _by_torch(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor | None:
+    """The loss of few logits; None: not such a call, or its arguments are not as they should be."""
+    if not dispatch.direct(input, target, weight) or input.dim() < 2:
+        return None
+    if not small.few(input, input.shape[1], input.numel(), small.trained(input)):
+        return None
+    if target.dtype not in checks.INTEGERS or target.shape != input.shape[:1] + input.shape[2:]:
+        return None
+    if not small.valid(ignore_index, reduction, label_smoothing):
+        return None
+    if weight is not None:
+        fits = weight.shape == input.shape[1:2] and weight.dtype == result_dtype(input)
+        if weight.requires_grad or not fits:
+            return None
+    small.note(_OP)
+    return small.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 @overload
@@ -112,6 +138,11 @@ def cross_entropy(
         IndexError: a class index is out of range (CPU; elsewhere the row's loss is NaN).
         RuntimeError: `group` in a PyTorch without torch.distributed.
     """
+    added = (z_loss_weight, token_weight, group, vocab_start_index, return_aux)
+    if losses.plain(temperature, logit_scale, logit_softcapping, *added):
+        few = _by_torch(input, target, weight, ignore_index, reduction, label_smoothing)
+        if few is not None:
+            return few
     options = losses.checked(
         _OP,
         reduction=reduction,
@@ -145,12 +176,8 @@ def cross_entropy(
     logits = input.movedim(class_dim, -1).reshape(-1, classes)
     dtype = result_dtype(input)
     target = target.movedim(class_dim, -1).reshape(-1, classes) if soft else target.long()
-    settings: dict[str, Any] = {
-        "wanted": options.wanted(soft),
-        "ignore_index": ignore_index,
-        "scale": options.scale,
-        "softcap": options.softcap,
-    }
+    settings: dict[str, Any] = {"wanted": options.wanted(soft), "ignore_index": ignore_index}
+    settings |= {"scale": options.scale, "softcap": options.softcap}
     shard = parallel.shard_of(_OP, group, vocab_start_index, classes)
     if shard is None:
         rows = losses.compare_with(options, target, weight, token_weight, classes, soft, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
+from ... import checks, library
 from .reference import capacity
 
 _OP = "decode_attention"
@@ -59,7 +59,7 @@ def usual(q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any, *new: Any) -> 
         and shape[2] % keys[2] == 0
         and keys[0] >= shape[0]
         and cache_seqlens.shape == shape[:1]
-        and not torch.is_autocast_enabled(device.type)
+        and not library.autocast_on(device.type)
     )
 
 
@@ -70,7 +70,7 @@ def check_floats(tensors: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor
         if value is not None or what in ("q", "k_cache", "v_cache"):
             checks.floating(_OP, what, value)
             checks.same_device(_OP, what, value, "q", q)
-    if torch.is_autocast_enabled(q.device.type):
+    if library.autocast_on(q.device.type):
         tensors = {w: None if x is None else x.to(cache.dtype) for w, x in tensors.items()}
     for what, value in tensors.items():
         if value is not None:
@@ -204,7 +204,7 @@ def check_values(
         room = f"in [0, {most - count}] ({held} of a row" + (f", {count} new)" if count else ")")
         _outside("cache_seqlens", lengths, bad, room)
     if table is not None:
-        block = torch.arange(table.shape[1])
+        block = torch.arange(table.shape[1], device=table.device)
         used = block * cache.shape[1] < (lengths.long() + count)[:, None]
         bad = used & ((table < 0) | (table >= cache.shape[0]))
         if bool(bad.any()):

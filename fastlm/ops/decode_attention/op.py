@@ -16,7 +16,7 @@ whole cache).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from torch import Tensor
 from ... import dispatch, extension, library, triton_backend
 from ..attention.arguments import floats, last_contiguous
 from . import arguments, reference
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from typing_extensions import Unpack
+
+    from .signatures import Options as Signature
 
 _SHARED = (
     "Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, "
@@ -103,7 +110,7 @@ def _cpu_both(
 ) -> Result:
     batch, rows, heads, _ = q.shape
     out = q.new_empty(batch, rows, heads, v_cache.shape[3])
-    lse = torch.empty(batch, heads, rows)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     given = (
         lengths.contiguous(),
         table if table is None else last_contiguous(table),
@@ -194,10 +201,48 @@ dispatch.register("decode_attention", "reference", _reference)
 dispatch.register("decode_attention_append", "reference", _reference_append)
 
 
+def _direct(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """What the compiled kernel takes without the torch op around it, which takes as long as a row
+    of a short cache."""
+    if _RAW is None or not dispatch.undisturbed() or _cpu_refuses(q) is not None:
+        return False
+    return dispatch.direct(q, k_cache, v_cache)
+
+
 def _four_dims(x: Any) -> Any:
     return x[:, None] if isinstance(x, Tensor) and x.dim() == 3 else x
 
 
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    return_lse: Literal[False] = ...,
+    **rest: Unpack[Signature],
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    return_lse: Literal[True],
+    **rest: Unpack[Signature],
+) -> Result: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    return_lse: bool,
+    **rest: Unpack[Signature],
+) -> Tensor | Result: ...
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -292,11 +337,15 @@ def decode_attention(
         float(softcap),
         num_splits or 0,
     )
+    attend: Any = _ATTEND
+    append: Any = _APPEND
+    if _direct(q, k_cache, v_cache):
+        attend, append = _cpu, _cpu_append
     if k_new is None and v_new is None:
-        out, lse = _ATTEND(q, k_cache, v_cache, *shared)
+        out, lse = attend(q, k_cache, v_cache, *shared)
     else:
         arguments.check_new(k_new, v_new, q, k_cache, v_cache)
-        out, lse = _APPEND(q, k_cache, v_cache, k_new, v_new, *shared)
+        out, lse = append(q, k_cache, v_cache, k_new, v_new, *shared)
     if one:
         out, lse = out[:, 0], lse[..., 0]
     return (out, lse) if return_lse else out

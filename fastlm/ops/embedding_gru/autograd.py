@@ -6,9 +6,10 @@ Every op takes (tensors, how it is laid out, save, precision) and returns (outpu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from .op import (
 )
 
 
-class _Layer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Layer:
     """One of the ops: its kernels, the same in PyTorch operations, and where its floats stand."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -52,18 +54,26 @@ DENSE = _Layer(gru_forward, gru_backward, differentiable.gru, 0)
 RAGGED = _Layer(ragged_gru_forward, ragged_gru_backward, differentiable.ragged_gru, 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How a layer is laid out: no tuple, in which vmap of a forward mode would look for tensors."""
+
+    arguments: tuple[Any, ...]
+
+
 class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        layer: _Layer, how: tuple[Any, ...], save: bool, precision: str, *tensors: Tensor | None
+        layer: _Layer, how: _How, save: bool, precision: str, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return layer.forward(*tensors, *how, save, precision)
+        return layer.forward(*tensors, *how.arguments, save, precision)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.layer, ctx.how, _, ctx.precision, *tensors = inputs
+        ctx.layer, how, _, ctx.precision, *tensors = inputs
+        ctx.how = how.arguments
         out, _, gates = output
         ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
@@ -114,10 +124,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: _Layer, how: tuple[Any, ...], save: bool, precision: str,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        output = layer.forward(*tensors, *how, save, precision)
+        ctx: Any, layer: _Layer, how: _How, save: bool, precision: str, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = layer.forward(*tensors, *how.arguments, save, precision)
         _Apply.setup_context(ctx, (layer, how, save, precision, *tensors), output)
         return output
 
@@ -137,6 +146,17 @@ def _plain(
     return layer.plain(*tensors, *how, precision)
 
 
+def _needs_plain(differentiable: bool) -> bool:
+    """Whether forward mode meets another derivative: torch.func.hessian, jvp of jvp, of grad or of
+    vmap, a backward over dual numbers. There torch loses what a Function with a jvp of its own has
+    kept, some of it without a word."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if not stack:
+        return differentiable and forward_ad._current_level >= 0
+    jvp = torch._C._functorch.TransformType.Jvp
+    return len(stack) > 1 and any(level.key() == jvp for level in stack)
+
+
 def apply(
     layer: _Layer, tensors: Sequence[Tensor | None], how: tuple[Any, ...], save: str, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -145,11 +165,13 @@ def apply(
     differentiable = differentiable and any(t is not None and t.requires_grad for t in tensors)
     keep = save == "gates" and differentiable
     if torch.compiler.is_compiling():
-        output, h_n, _ = _Apply.apply(layer, how, keep, precision, *tensors)
+        output, h_n, _ = _Apply.apply(layer, _How(how), keep, precision, *tensors)
+    elif _needs_plain(differentiable):
+        output, h_n = _plain(layer, how, precision, *tensors)
     elif torch._C._are_functorch_transforms_active():
-        output, h_n, _ = _ApplyWithTangents.apply(layer, how, keep, precision, *tensors)
+        output, h_n, _ = _ApplyWithTangents.apply(layer, _How(how), keep, precision, *tensors)
     elif differentiable or forward_ad._current_level >= 0:
-        output, h_n, _ = _Eager.apply(layer, how, keep, precision, *tensors)
+        output, h_n, _ = _Eager.apply(layer, _How(how), keep, precision, *tensors)
     else:
         output, h_n, _ = layer.forward(*tensors, *how, keep, precision)
     return output, h_n

@@ -10,7 +10,9 @@ from torch import Tensor
 from ... import checks
 from . import sequences
 from .arguments import Cell, check_options, check_state, check_weights, is_single
+from .by_torch import Form, embedded, of_few_steps
 from .embedding import EmbeddingOptions, How, over_embedding
+from .stack import gru
 from .token_plan import TokenPlan
 
 
@@ -57,7 +59,8 @@ def embedding_gru(
         dedupe: "batch": one projection for each distinct token of the batch. "vocab": one for each
             row of `weight`. "off": one for each position. "auto": "batch" on the CPU; on a GPU,
             where counting distinct tokens would be a host synchronisation, "vocab" when
-            V <= 1.5 N, else "off"; with a plan "batch".
+            V <= 1.5 N, else "off"; with a plan "batch". Without other options it also lets a call
+            of few tokens, or one that PyTorch's GRU takes, be embedding and then `gru`.
         padding_idx: row of `weight` that gets no gradient.
         max_norm, norm_type, scale_grad_by_freq: as in torch.nn.functional.embedding: rows in use
             are renormalised in place first; a row's gradient is divided by its occurrences, those
@@ -93,6 +96,15 @@ def embedding_gru(
         IndexError: a token is out of range (CPU; on a GPU its row is undefined).
     """
     op = "embedding_gru"
+    by_row = max_norm is not None or scale_grad_by_freq or sparse
+    by_row = by_row or (training and embedding_dropout != 0.0)
+    layout = (plan, reset, segment_ids, cu_seqlens, lengths)
+    if dedupe == "auto" and not by_row and all(x is None for x in layout):
+        if save == "gates" and precision in ("auto", "ieee"):
+            cell = (w_ih, w_hh, b_ih, b_hh)
+            found = _in_two(tokens, weight, cell, h0, batch_first, padding_idx)
+            if found is not None:
+                return found
     options = EmbeddingOptions(
         padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
         embedding_dropout if training else 0.0,
@@ -102,6 +114,23 @@ def embedding_gru(
         plan=plan, dedupe=dedupe, reset=reset, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         lengths=lengths, precision=precision, save=save,
     )  # fmt: skip
+    return output, h_n[0]
+
+
+def _in_two(
+    tokens: Tensor, weight: Tensor, cell: Cell, h0: Tensor | None, batch_first: bool,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Embedding and then `gru`, where that is faster."""
+    weights = [w for w in cell if w is not None]
+    form = Form(1, len(weights) == 4, False, batch_first)
+    hx = None if h0 is None else h0[None]
+    rows = embedded(tokens, weight, hx, weights, form, padding_idx)
+    if rows is None:
+        return None
+    found = of_few_steps(rows, hx, weights, form, fits=True)
+    output, h_n = found or gru(rows, hx, weights, **form._asdict())
+    assert isinstance(output, Tensor)  # as the input is
     return output, h_n[0]
 
 

@@ -46,7 +46,7 @@ def padded(op: str, lengths: Tensor, shape: torch.Size, batch_first: bool) -> Wh
     checks.integer(op, "lengths", lengths)
     batch, steps = (shape[0], shape[1]) if batch_first else (shape[1], shape[0])
     checks.shape(op, "lengths", lengths, (batch,), "one for each sequence")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(lengths):
         for row, value in enumerate(lengths.tolist()):
             if not 0 <= value <= steps:
                 checks.bad_value(op, f"lengths[{row}]", f"in [0, {steps}], the steps", value)
@@ -70,7 +70,7 @@ def check_offsets(op: str, cu_seqlens: Tensor, total: int) -> None:
         checks.bad_type(op, "cu_seqlens", "int32", checks.short(cu_seqlens.dtype), remedy)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         checks.bad_value(op, "cu_seqlens", "[documents + 1]", list(cu_seqlens.shape))
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.readable(cu_seqlens):
         ends = cu_seqlens.tolist()
         falls = any(a > b for a, b in zip(ends[:-1], ends[1:], strict=True))
         if ends[0] != 0 or ends[-1] != total or falls:

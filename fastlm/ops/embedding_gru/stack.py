@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ... import checks, dispatch, extension, philox
-from . import differentiable, sequences
+from ... import checks, dispatch, philox
+from . import by_torch, differentiable, sequences
 from .arguments import Cell, cells_of, check_options, check_state, check_weights, is_single
 from .autograd import DENSE, RAGGED, apply
 from .sequences import Layout, Where
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .signatures import Options as Signature
 
 
 class Options(NamedTuple):
@@ -94,13 +98,13 @@ def _padded_layer(
     return (rows.turned(output) if reverse else output), h_n
 
 
-def _dropped(input: Tensor, options: Options, time_first: bool) -> Tensor:
+def dropped(input: Tensor, p: float, time_first: bool) -> Tensor:
     """Dropout between layers, with the random numbers that torch.nn.GRU draws."""
-    if time_first:
-        return torch.nn.functional.dropout(input, options.dropout)
+    if time_first or input.dim() == 2:
+        return torch.nn.functional.dropout(input, p)
     # torch draws them in the order of [T, B, H]
     shape = (input.shape[1], input.shape[0], input.shape[2])
-    noise = torch.nn.functional.dropout(input.new_ones(shape), options.dropout)
+    noise = torch.nn.functional.dropout(input.new_ones(shape), p)
     return input * noise.transpose(0, 1)
 
 
@@ -116,7 +120,7 @@ def _stack(
         directions.append((True, other))
     seed = None
     if options.zoneout and options.training:
-        seed = torch.randint(2**62, ()).to(input.device)
+        seed = torch.randint(2**62, (), device="cpu").to(input.device)
     states: list[Tensor] = []
     layers = len(cells) // len(directions)
     for number in range(layers):
@@ -140,56 +144,8 @@ def _stack(
             states.append(h_n)
         input = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if options.dropout and options.training and number + 1 < layers:
-            input = _dropped(input, options, where is not None or not options.batch_first)
+            input = dropped(input, options.dropout, where is not None or not options.batch_first)
     return input, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
-
-
-def least_steps(batch: int, hidden: int, differentiable: bool) -> int:
-    """Of a float32 call on a CPU that the compiled kernel takes: PyTorch's own GRU has nothing to
-    set up, and no gain over many steps. LOG: "gru: short sequences"."""
-    units = batch * hidden
-    if differentiable:
-        return 1 if units >= 1 << 14 else 2 if units * hidden >= 1 << 17 else 3
-    return 1 if units >= 1 << 12 else 2 if units >= 1 << 10 else 4 if batch > 1 else 5
-
-
-#: no size has more `least_steps`
-MOST_LEAST_STEPS = 5
-
-
-def _large_in_bfloat16(batch: int, hidden: int, steps: int, differentiable: bool) -> bool:
-    """Whether PyTorch's own GRU, whose gates are of 16 bits, is the faster one in bfloat16, on a
-    processor that multiplies pairs. LOG: "gru: large batches in bfloat16"."""
-    units = batch * hidden
-    large = units >= 1 << 16
-    if differentiable:
-        large = units >= 1 << 15 or units * steps >= 1 << 22
-    return batch >= 64 and hidden >= 128 and large and extension.cpu_isa() == "avx512_bf16"
-
-
-def torch_is_faster(
-    input: Tensor, cell: Cell, batch: int, steps: int, precision: str
-) -> str | None:
-    """Why PyTorch's own GRU takes a dense call, or None."""
-    if torch.compiler.is_compiling():
-        return None
-    w_hh, device = cell[1], input.device.type
-    differentiable = torch.is_grad_enabled() and (input.requires_grad or w_hh.requires_grad)
-    if device == "cpu" and w_hh.dtype == torch.float32 and steps < MOST_LEAST_STEPS:
-        least = least_steps(batch, w_hh.shape[1], differentiable)
-        if steps < least:
-            return f"fewer than {least} steps"
-    if device == "cpu" and w_hh.dtype == torch.float32 and not extension.unavailable:
-        return None
-    if device == "cpu" and w_hh.dtype == torch.bfloat16 and precision == "auto":
-        if _large_in_bfloat16(batch, w_hh.shape[1], steps, differentiable):
-            return "a large batch in bfloat16"
-    named = {"input": input, "w_ih": cell[0], "w_hh": w_hh}
-    if dispatch.preferred("gru", "forward", named) == "reference":
-        # in 16 bits the loop of the CPU is slower, and carries its state in 16 bits
-        slow = device == "cpu" and w_hh.dtype not in (torch.float32, torch.float64)
-        return None if slow else "no kernel takes this call"
-    return None
 
 
 def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: Options) -> bool:
@@ -203,16 +159,11 @@ def _torch_takes(input: Tensor, cells: Sequence[Cell], layout: Layout, options: 
     if forced is None:
         first, second = input.shape[:2]
         batch, steps = (first, second) if options.batch_first else (second, first)
-        why = torch_is_faster(input, cells[0], batch, steps, options.precision)
-        if why is not None:
-            dispatch.note("gru", "torch", {"cpu": why})
-    return why is not None or forced == "torch"
-
-
-def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if not torch.is_autocast_enabled(device):  # entering it costs 5 us
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+        why = by_torch.torch_is_faster(input, cells[0], batch, steps, options.precision)
+    if why is not None or forced == "torch":
+        dispatch.note("gru", "torch", {} if why is None else {"cpu": why})
+        return True
+    return False
 
 
 def _by_torch(
@@ -228,25 +179,11 @@ def _by_torch(
         hx = input.new_zeros(len(cells), batch, cells[0][1].shape[1])
     flat = [w for cell in cells for w in cell if w is not None]
     # on a GPU autocast makes float16 of whatever arrives; the module has chosen its dtype
-    with outside_autocast(input.device.type):
+    with by_torch.outside_autocast(input.device.type):
         return torch.gru(
             input, hx, flat, bias, len(cells) // directions, options.dropout, options.training,
             bidirectional, options.batch_first,
         )  # fmt: skip
-
-
-def torch_packs_faster(data: Tensor, cell: Cell) -> str | None:
-    """As `torch_is_faster`, for a PackedSequence. LOG: "gru: a PackedSequence"."""
-    if torch.compiler.is_compiling():
-        return None
-    if data.device.type != "cpu":
-        return "no kernel there takes sequences of different lengths"
-    if cell[1].dtype == torch.float64:
-        return "dtype float64"
-    products = data.shape[0] * cell[1].numel()
-    if cell[1].dtype == torch.float32 and products < 2e6 and not torch.is_grad_enabled():
-        return "fewer than 2 million products, and no gradient"
-    return None
 
 
 def _packed_by_torch(
@@ -257,7 +194,7 @@ def _packed_by_torch(
         hx = data.new_zeros(len(cells), int(batch_sizes[0]), cells[0][1].shape[1])
     flat = [w for cell in cells for w in cell if w is not None]
     layers = len(cells) // (2 if bidirectional else 1)
-    with outside_autocast(data.device.type):  # as in `_by_torch`
+    with by_torch.outside_autocast(data.device.type):  # as in `_by_torch`
         return torch.gru(
             data, batch_sizes, hx, flat, cells[0][2] is not None, layers, options.dropout,
             options.training, bidirectional,
@@ -276,7 +213,7 @@ def _packed(
     why = None
     plain = not options.zoneout and options.precision in ("ieee", "auto")
     if dispatch.forced() is None and plain:
-        why = torch_packs_faster(data, cells[0])
+        why = by_torch.torch_packs_faster(data, cells[0], len(batch_sizes))
     if why is not None:
         dispatch.note("gru", "torch", {"cpu": why})
         output, h_n = _packed_by_torch(data, batch_sizes, hx, cells, bidirectional, options)
@@ -287,6 +224,20 @@ def _packed(
     return PackedSequence(output, batch_sizes, order, inverse), h_n
 
 
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    **rest: Unpack[Signature],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gru(
+    input: PackedSequence,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    **rest: Unpack[Signature],
+) -> tuple[PackedSequence, Tensor]: ...
 def gru(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -335,6 +286,12 @@ def gru(
     Source of zoneout: Krueger et al. 2017 (arXiv:1606.01305).
     """
     op = "gru"
+    plain = reset is None and segment_ids is None and cu_seqlens is None and lengths is None
+    if plain and not zoneout and save == "gates" and precision in ("auto", "ieee"):
+        form = by_torch.Form(num_layers, bias, bidirectional, batch_first)
+        found = by_torch.of_few_steps(input, hx, flat_weights, form, dropout, training)
+        if found is not None:
+            return found
     data = input.data if isinstance(input, PackedSequence) else input
     checks.floating(op, "input", data)
     precision = check_options(op, precision, save)

@@ -45,10 +45,10 @@ def read_prompts(op: str, prompts: Any, prompt_lengths: Tensor | None) -> tuple[
             checks.bad_value(op, "prompts with prompt_lengths", "[B, P]", got)
         rows = [prompts] if single else prompts
         rows = [_one_prompt(op, f"prompts[{i}]", row) for i, row in enumerate(rows)]
-        lengths = torch.tensor([row.shape[0] for row in rows], dtype=torch.int64)
-        width = max((row.shape[0] for row in rows), default=1)
+        sizes = [row.shape[0] for row in rows]
+        width = max(sizes, default=1)
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = lengths.to(tokens.device)
+        lengths = torch.tensor(sizes, dtype=torch.int64, device=tokens.device)
     if lengths.device.type == "cpu" and lengths.numel():
         low, high = (int(x) for x in lengths.aminmax())
         if low < 1 or high > width:
@@ -68,7 +68,7 @@ def read_stops(op: str, stop: int | Sequence[int] | Tensor | None, like: Tensor)
     if isinstance(stop, int):
         stop = [stop]
     if not isinstance(stop, Tensor):
-        stop = torch.tensor(stop, dtype=torch.int64) if len(stop) else torch.empty(0).long()
+        stop = torch.tensor(stop, dtype=torch.int64, device=like.device)
     checks.integer(op, "stop", stop)
     return stop.reshape(-1).long().to(like.device)
 

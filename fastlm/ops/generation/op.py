@@ -139,7 +139,7 @@ def _cpu_refuses(embedding: Tensor, **_: Any) -> str | None:
 def _addresses(cells: Any, head_weight: Tensor | None, head_bias: Tensor | None) -> Tensor:
     """What the kernel reads where the weights are not packed."""
     every = (*cells, head_weight, head_bias)
-    return torch.tensor([0 if w is None else w.data_ptr() for w in every])
+    return torch.tensor([0 if w is None else w.data_ptr() for w in every], device="cpu")
 
 
 def _narrow(cells: Any) -> bool:

@@ -11,6 +11,9 @@ Two ways, chosen by what the caller asks for:
   written to before the backward, a `group`, whose other members have the rest of each row):
   `linear_row_statistics`, whose backward computes the logits again (8 N H V).
 
+Calls of few logits, which fit into what a chunk of the loop takes, are PyTorch's own: see
+`row_statistics/small.py`.
+
 Saved: the inputs, two numbers per row, and in the first way the gradients (of float16 in float32,
 because float16 has not the range of what is scaled afterwards).
 
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, library
+from ...second_order import transformed
 from ..cross_entropy import loss as losses
 from ..cross_entropy.loss import Loss, Rows
 from ..cross_entropy.op import cross_entropy
@@ -39,12 +43,13 @@ from ..linear_row_statistics.chunks import (
     Span,
     held_dtype,
 )
-from ..row_statistics.op import Statistics, Upstream, Wanted, result_dtype
+from ..row_statistics import differentiable, small
+from ..row_statistics.op import Statistics, Upstream, Wanted, kept_from_the_caller, result_dtype
 from ..row_statistics.parallel import ParallelStatistics, Shard, shard_of, unwrapped
 from .options import accumulator, chunk_bytes
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from ..cross_entropy.signatures import LinearLossOptions
 
@@ -72,7 +77,7 @@ def _run(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     wanted, per_row, needs = Wanted(*args[8:12]), args[14:17], Needs(*args[17:20])
     out = linear.empty_statistics(layer.input, compared.target, wanted)
-    chunk = linear.chunk_of(layer, args[12])
+    chunk = linear.chunk_of(layer, args[12], needs)
 
     def upstream(span: Span, found: tuple[Tensor, ...]) -> Upstream:
         here = [None if p is None else p[span] for p in per_row]
@@ -107,39 +112,65 @@ class _KnownRows(torch.autograd.Function):
         # a compiled graph has no state to hand the gradients out once: it saves and multiplies
         ctx.gradients = None if torch.compiler.is_compiling() else gradients
         saved = gradients if torch.compiler.is_compiling() else (None, None, None)
-        statistics = (row_max, log_sum, entropy, sum_sq, mass)
-        ctx.save_for_backward(*args[:5], lse, *per_row, *saved, *statistics)
-        ctx.differentiable = (args[20], args[8])
+        ctx.differentiable, ctx.wanted = (args[20], args[8]), Wanted(*args[8:12])
+        moments = kept_from_the_caller(ctx.wanted, entropy, sum_sq)
+        own = lse.clone() if args[20] else lse
+        statistics = (row_max, log_sum, *moments, mass)
+        ctx.save_for_backward(*args[:5], own, *per_row, *saved, *statistics)
         ctx.mark_non_differentiable(argmax)
         ctx.set_materialize_grads(False)
         return total, lse, entropy, argmax
 
     @staticmethod
-    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         # under torch.compile a result without a use comes with zeros
         dlse, dentropy = (
             d if use else None for d, use in zip(douts[1:3], ctx.differentiable, strict=True)
         )
-        dloss, nothing = douts[0], (None,) * 18
-        layer, (target, class_weight) = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
-        compared = Compared(target, class_weight, *ctx.options)
-        lse, *per_row = ctx.saved_tensors[5:9]
-        if dlse is None and dentropy is None:
-            if dloss is None:
-                return None, None, None, *nothing
-            traced = ctx.saved_tensors[9:12]
-            if any(g is not None for g in traced):
-                scaled = [None if g is None else g * dloss for g in traced]
-                return *(None if g is None else g.to(layer.input.dtype) for g in scaled), *nothing
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is not None:
-                return *linear.released(gradients, dloss, layer.input.dtype), *nothing
-        per_row = [None if p is None or dloss is None else p * dloss for p in per_row]
-        upstream = _upstream(dlse, dentropy, lse, per_row)
-        statistics = ctx.saved_tensors[12:]
-        found = linear.gradients(layer, compared, statistics, upstream, ctx.needs, ctx.max_bytes)
-        return *found, *nothing
+        upstream, nothing = (douts[0], dlse, dentropy), (None,) * 18
+        if all(d is None for d in upstream):
+            return None, None, None, *nothing
+        saved = ctx.saved_tensors  # once: a checkpoint hands them out no more
+        inputs, rest = saved[:5], saved[5:]
+        compared, per_row, wanted = Compared(*inputs[3:], *ctx.options), rest[1:4], ctx.wanted
+
+        def kernels(upstream: Sequence[Tensor | None], *_: Tensor) -> list[Tensor | None]:
+            layer = Layer(*inputs[:3])
+            return [*_gradients(ctx, layer, compared, rest, upstream), None, None]
+
+        def plain(*inputs: Tensor) -> tuple[Tensor, ...]:
+            logprob, lse, entropy, _, weighted_sum = linear.plain(ctx.options, wanted, *inputs)
+            terms = zip(per_row, (logprob, weighted_sum, lse.square()), strict=True)
+            total = sum((p * v).sum() for p, v in terms if p is not None)
+            return lse.new_zeros(()) + total, lse, entropy
+
+        needs = (*ctx.needs, False, False)
+        found = differentiable.first_derivative(kernels, plain, upstream, inputs, (), needs)
+        return *found[:3], *nothing
+
+
+def _gradients(
+    ctx: Any,
+    layer: Layer,
+    compared: Compared,
+    saved: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+) -> Sequence[Tensor | None]:
+    """Of input, weight and bias; saved: lse, factors of the rows, gradients, statistics."""
+    (dloss, dlse, dentropy), (lse, *per_row) = upstream, saved[:4]
+    assert lse is not None
+    if dlse is None and dentropy is None:
+        assert dloss is not None
+        traced = saved[4:7]
+        if any(g is not None for g in traced):
+            scaled = [None if g is None else g * dloss for g in traced]
+            return [None if g is None else g.to(layer.input.dtype) for g in scaled]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None:
+            return linear.released(gradients, dloss, layer.input.dtype)
+    per_row = [None if p is None or dloss is None else p * dloss for p in per_row]
+    rows = _upstream(dlse, dentropy, lse, per_row)
+    return linear.gradients(layer, compared, saved[7:], rows, ctx.needs, ctx.max_bytes)  # type: ignore[arg-type]
 
 
 def _upstream(
@@ -160,12 +191,13 @@ def _known_rows(
 ) -> tuple[Tensor, Statistics]:
     """The reduced loss, and the statistics that `return_aux` needs."""
     count, dtype = layer.input.shape[0], result_dtype(layer.input)
+    device = layer.input.device
 
     def per_row(weight: Tensor | float, total: Tensor | float, used: bool) -> Tensor | None:
         if not used:
             return None
-        value = torch.as_tensor(weight / total if count else 0.0, dtype=dtype)
-        return value.to(layer.input.device).expand(count).contiguous()
+        value = weight / total if count else 0.0
+        return torch.as_tensor(value, dtype=dtype, device=device).expand(count).contiguous()
 
     factors = (
         per_row(rows.on_logprob, rows.total, rows.target is not None),
@@ -265,6 +297,14 @@ def linear_cross_entropy(
     Raises:
         As `cross_entropy`.
     """
+    ignored = -100 if ignore_index is None else ignore_index
+    added = (z_loss_weight, token_weight, group, vocab_start_index, return_aux)
+    if weight is options is None and type(shift) is int and shift == 0:
+        if losses.plain(temperature, logit_scale, logit_softcapping, *added):
+            given = (input, linear_weight, linear_bias, target)
+            few = small.linear_cross_entropy(given, ignored, reduction, label_smoothing)
+            if few is not None:
+                return few
     loss = losses.checked(
         _OP,
         reduction=reduction,
@@ -273,7 +313,7 @@ def linear_cross_entropy(
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcapping=logit_softcapping,
-        ignore_index=-100 if ignore_index is None else ignore_index,
+        ignore_index=ignored,
         return_aux=return_aux,
     )
     linear_weight, group, vocab_start_index, *others = unwrapped(
@@ -304,19 +344,11 @@ def linear_cross_entropy(
         if logits.dim() > 2:  # classes second, as cross_entropy has them
             logits, target = logits.movedim(-1, 1), target.movedim(-1, 1)
     return cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=loss.ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        logit_softcapping=logit_softcapping,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        token_weight=token_weight,
-        return_aux=return_aux,
-    )
+        logits, target, weight, ignore_index=loss.ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, z_loss_weight=z_loss_weight,
+        logit_softcapping=logit_softcapping, logit_scale=logit_scale, temperature=temperature,
+        token_weight=token_weight, return_aux=return_aux,
+    )  # fmt: skip
 
 
 def _check_sharded(linear_weight: Tensor, target: Tensor) -> None:
@@ -390,7 +422,7 @@ def _chunked(
         value = losses.reduce(loss, rows, found)
     else:
         rows = losses.compare_with(loss, target, weight, token_weight, classes, soft, dtype)
-        if loss.reduction != "none" and not late and into is None:
+        if loss.reduction != "none" and not (late or transformed()) and into is None:
             value, found = _known_rows(layer, loss, rows, wanted, max_bytes)
         else:
             what = Compared(rows.target, rows.class_weight, *compared)

@@ -108,12 +108,12 @@ def run(
     layer = layer._replace(input=without_masked(layer.input, keep))
     row_weight = None if row_weight is None else without_masked(row_weight, keep)
     products = Products(layer, chunk_of(layer, chunk), prepared.matmul)
-    gradients = Gradients(products, needs, dtype=held_dtype(layer.input))
     compare = prepared.rows(chunk)
     value = products.new(rows)
-    live = None
-    if keep is not None and _on_cpu(value):
-        live = keep.nonzero()[:, 0]
+    live = keep.nonzero()[:, 0] if keep is not None and _on_cpu(value) else None
+    count = rows if live is None else len(live)
+    gradients = Gradients(products, needs, dtype=held_dtype(layer.input), rows=count)
+    if live is not None:
         value.zero_()
         gradients.clear(slice(None))
     for span in spans(rows, chunk, live):
@@ -155,9 +155,9 @@ class _KnownWeights(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_weight = ctx.saved_tensors[:-3]
+        *tensors, row_weight, _, _, _ = saved = ctx.saved_tensors
         nothing, dtype = (None,) * (len(tensors) - 2 + len(ctx.rest)), tensors[0].dtype
-        traced = ctx.saved_tensors[-3:]
+        traced = saved[-3:]
         if any(g is not None for g in traced):
             found = [None if g is None else (g * dloss).to(dtype) for g in traced]
             return None, None, *found, *nothing

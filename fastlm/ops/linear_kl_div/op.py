@@ -14,7 +14,8 @@ half as many rows. For half-precision inputs what `linear_row_statistics` needs 
 Backends: in all of them the library computes the products, in chunks of rows. triton and cpu take
 float32, bfloat16 and float16 (the logits are float32) and compare the rows in a kernel, which
 leaves the gradient where the student's logits were; reference compares them in plain PyTorch, any
-float dtype. NaN and infinite logits give what `log_softmax` gives.
+float dtype. NaN and infinite logits give what `log_softmax` gives. Calls of few logits are
+PyTorch's own: see `small.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ..linear_row_statistics import op as linear
 from ..linear_row_statistics.chunks import FASTEST, LIBRARY, Layer, Matmul, Needs, Products, Span
 from ..row_statistics import op as rows_op
 from ..row_statistics.op import result_dtype
-from . import loop, reference
+from ..row_statistics.small import note
+from . import loop, reference, small
 
 _OP = "linear_kl_div"
 KINDS = ("forward", "reverse", "jsd")  # as the enum of csrc/divergence
@@ -206,6 +208,11 @@ def linear_kl_div(
     Source: Hinton et al. 2015 (arXiv:1503.02531); generalised JSD, Agarwal et al. 2023
     (arXiv:2306.13649).
     """
+    if student_bias is teacher_bias is mask is token_weight is options is None:
+        pairs = (student, student_weight), (teacher, teacher_weight)
+        if small.takes(*pairs, divergence, beta, temperature, reduction):
+            note(_OP)
+            return small.divergence(*pairs, divergence, beta, temperature, reduction)
     chosen = loop.checked_divergence(_OP, divergence, beta, temperature, KINDS)
     names = ("student", "student_weight", "student_bias")
     layer = linear.checked_layer(_OP, student, student_weight, student_bias, names)

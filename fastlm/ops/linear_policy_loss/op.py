@@ -14,8 +14,9 @@ Saved: the inputs, per row max, log-sum and the derivatives of its loss, and the
 float16 in float32), which the backward hands out once, scaled by the upstream gradient; a second
 backward computes them again.
 
-Backends: those of `linear_row_statistics`, which has the loop. A `row_loss` cannot pass through a
-torch op: it runs the same loop beneath an autograd.Function alone, in eager mode.
+Backends: those of `linear_row_statistics`, which has the loop. Few logits are PyTorch's own, with
+autograd's gradient: see `row_statistics/small.py`. A `row_loss` cannot pass through a torch op: it
+runs the same loop beneath an autograd.Function alone, in eager mode.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..linear_row_statistics import op as linear
 from ..linear_row_statistics import schedule
 from ..linear_row_statistics.chunks import Compared, Layer, Needs, RowKernels, held_dtype
 from ..policy_loss import op as policy
+from ..row_statistics import small
 from ..row_statistics.op import Upstream, Wanted, result_dtype
 from ..row_statistics.parallel import Shard, shard_of, unwrapped
 from ..token_logprobs.op import linear_token_logprobs
@@ -75,7 +77,7 @@ def _run(kernels: RowKernels, *args: Any, row_loss: RowLoss | None = None) -> tu
     wanted = Wanted(entropy=row_loss is not None or terms.entropy_coef != 0)
     out = linear.empty_statistics(layer.input, compared.target, wanted)
     rows = RowLosses(terms, layer.input, row_loss, needs)
-    chunk = linear.chunk_of(layer, args[19])
+    chunk = linear.chunk_of(layer, args[19], needs)
     found = schedule.forward(kernels, layer, compared, wanted, chunk, out, rows.upstream, needs)
     return rows.losses, out[2], out[6], out[7], rows.on_logprob, rows.on_entropy, *found
 
@@ -113,9 +115,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        layer, target = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3]
+        saved = ctx.saved_tensors
+        layer, target = Layer(*saved[:3]), saved[3]
         nothing = (None,) * 21
-        traced = ctx.saved_tensors[4:7]
+        traced = saved[4:7]
         if any(g is not None for g in traced):
             scaled = [None if g is None else g * dloss for g in traced]
             dtype = layer.input.dtype
@@ -123,14 +126,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             return None, *linear.released(gradients, dloss, layer.input.dtype), *nothing
-        entropy, row_max, log_sum, on_logprob, on_entropy = ctx.saved_tensors[7:]
+        entropy, row_max, log_sum, on_logprob, on_entropy = saved[7:]
         none = entropy.new_empty(0)
         upstream = Upstream(
             logprob=on_logprob * dloss, entropy=on_entropy * dloss if ctx.uses_entropy else None
         )
-        saved = (row_max, log_sum, entropy, none, none)
+        statistics = (row_max, log_sum, entropy, none, none)
         compared = Compared(target, None, *ctx.options)
-        found = linear.gradients(layer, compared, saved, upstream, ctx.needs, ctx.max_bytes)
+        found = linear.gradients(layer, compared, statistics, upstream, ctx.needs, ctx.max_bytes)
         return None, *found, *nothing
 
 
@@ -239,6 +242,12 @@ def _in_chunks(
     rows = layer._replace(input=layer.input.reshape(-1, layer.input.shape[-1]))
     dtype = result_dtype(layer.input)
     terms = terms_of(advantages, keep, chosen, dtype, row_loss is not None)
+    plain = scale == 1.0 and softcap == 0 and ignore_index < 0 and options is None
+    if plain and row_loss is None and chosen.entropy_coef == 0:
+        given = (*rows, target.reshape(-1))
+        few = small.linear_token_logprobs(OP, given, ignore_index, 1.0)
+        if few is not None:
+            return (terms.row_weight * terms.loss(few)).sum()
     enabled = torch.is_grad_enabled()
     needs = Needs(*(enabled and x is not None and x.requires_grad for x in rows))
     max_bytes = chunk_bytes(OP, options, rows.input, rows.weight)

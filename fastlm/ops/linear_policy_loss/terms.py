@@ -38,20 +38,31 @@ class Terms(NamedTuple):
     def rows(self, span: Span) -> Terms:
         return Terms(*(v[span] if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
 
+    def _call(self, logprobs: Tensor) -> tuple[str, Tensor, Tensor, Tensor]:
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+        assert self.advantages is not None
+        return self.loss_type, logprobs, old, self.advantages
+
+    def loss(self, logprobs: Tensor) -> Tensor:
+        """[n], before the weight of the row, and without the entropy."""
+        clip_eps = (self.clip_eps_low, self.clip_eps_high)
+        # keep is read by gspo alone, which does not come here
+        loss = policy.policy_term(*self._call(logprobs), None, clip_eps, self.dual_clip)
+        if self.importance is not None:
+            loss = loss * self.importance
+        if self.ref_logprobs is not None:
+            kl = formulas.kl(logprobs, self.ref_logprobs, self.kl_estimator)
+            loss = loss + self.kl_coef * kl
+        return loss
+
     def losses(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """[n] each, before the weight of the row: the loss, its derivative by logprobs."""
-        old = logprobs if self.old_logprobs is None else self.old_logprobs
-        advantages, clip_eps = self.advantages, (self.clip_eps_low, self.clip_eps_high)
-        assert advantages is not None
-        keep = advantages  # read by gspo alone, which does not come here
-        call = (self.loss_type, logprobs, old, advantages)
-        loss = policy.policy_term(*call, keep, clip_eps, self.dual_clip)
-        slope = policy.policy_slope(*call, clip_eps, self.dual_clip)
+        loss, clip_eps = self.loss(logprobs), (self.clip_eps_low, self.clip_eps_high)
+        slope = policy.policy_slope(*self._call(logprobs), clip_eps, self.dual_clip)
         if self.importance is not None:
-            loss, slope = loss * self.importance, slope * self.importance
+            slope = slope * self.importance
         if self.ref_logprobs is not None:
             both = (logprobs, self.ref_logprobs, self.kl_estimator)
-            loss = loss + self.kl_coef * formulas.kl(*both)
             slope = slope + self.kl_coef * formulas.kl_slope(*both)
         return loss - self.entropy_coef * entropy if self.entropy_coef else loss, slope
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import matmul
+from ... import dispatch, matmul
 from ..row_statistics.op import Upstream, Wanted, coefficients, result_dtype
+from . import rounding
 
 # rows of a chunk on a CPU: products of fewer than 64 rows run at half the rate, more than 512 gain
 # nothing; in between 1/9 of the rows, which keeps a chunk below 5% of what three tensors of logits
@@ -147,11 +148,13 @@ class Chunk(NamedTuple):
     classes: int = 0  # of a slice of the weight in a product; 0: all
 
 
-def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
+def chunk_of(layer: Layer, max_bytes: int, needs: Needs = NO_NEEDS) -> Chunk:
     """For a budget in bytes; 0: our own choice; negative: minus the number of rows."""
     (rows, features), classes = layer.input.shape, layer.weight.shape[0]
     dtype, device = result_dtype(layer.input), layer.input.device
     item, widens = dtype.itemsize, layer.input.dtype != dtype
+    if max_bytes == 0 and needs.weight and device.type == "cpu" and _at_once(layer):
+        return Chunk(rows)
     if max_bytes == 0:
         return Chunk(chunk_rows(rows, classes, item, 0, device))
     if max_bytes < 0:
@@ -166,6 +169,13 @@ def chunk_of(layer: Layer, max_bytes: int) -> Chunk:
     if max(0, room - slice_bytes) // (width * item) < min(rows, least):
         return Chunk(0, tile_bytes=room)
     return Chunk(chunk_rows(rows, width, item, room - slice_bytes, device), slice_bytes)
+
+
+def _at_once(layer: Layer) -> bool:
+    """A bfloat16 layer whose logits in float32, and their gradient in bfloat16, are less than the
+    float32 sum of the weight's gradient, which several chunks would need and pass over each."""
+    rows, features = layer.input.shape
+    return layer.input.dtype == torch.bfloat16 and 3 * rows <= 2 * features
 
 
 class Products:
@@ -240,8 +250,9 @@ class Gradients:
         needs: Needs,
         into: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        rows: int | None = None,
     ) -> None:
-        """dtype: of the results, the layer's by default."""
+        """dtype: of the results, the layer's by default; rows: so many will be added, if known."""
         layer = products.layer
         self.products = products
         self.dtype = layer.input.dtype if dtype is None else dtype
@@ -250,7 +261,15 @@ class Gradients:
         like = layer.input
         self.dinput = like.new_empty(like.shape, dtype=self.dtype) if needs.input else None
         new = needs.weight and into is None
-        self.dweight = products.new(*layer.weight.shape) if new else None
+        # of one chunk there is no sum to hold: its product is rounded slice by slice
+        self.once = rows is not None and rows <= len(products.logits_buffer)
+        self.once &= self.dtype != products.dtype and like.device.type == "cpu"
+        # its operands and results are bfloat16: PyTorch's own products, unless ours are asked for
+        self.by_the_library = self.once and products.rounds and not products.widens
+        self.by_the_library &= dispatch.forced() is None and matmul.multiplies_pairs()
+        self.by_the_library &= into is None
+        held = self.dtype if self.once else products.dtype
+        self.dweight = like.new_empty(layer.weight.shape, dtype=held) if new else None
         self.dbias = products.new(products.classes) if needs.bias else None
 
     def clear(self, span: Span) -> None:
@@ -262,13 +281,22 @@ class Gradients:
         if self.dbias is not None:
             part = dlogits.sum(0)
             self.dbias = self.dbias.add_(part) if self.started else part
+        if self.by_the_library:
+            rounding.by_the_library(
+                dlogits.to(self.dtype), span, *self.products.layer[:2], self.dinput, self.dweight
+            )
+            self.started = True
+            return
         if self.products.rounds_logits:
             dlogits = dlogits.to(self.products.layer.input.dtype)
         total = self.dweight if self.into is None else self.into
         if total is not None:
             more = self.started or self.into is not None
             rows = self.products.rows(span)
-            self.products.into(total, dlogits.t(), rows, accumulate=more)
+            if self.once and self.dweight is not None:
+                rounding.in_slices(self.products.into, self.dweight, dlogits, rows)
+            else:
+                self.products.into(total, dlogits.t(), rows, accumulate=more)
         if self.dinput is not None:
             self._add_dinput(self.dinput, span, dlogits)
         self.started = True
@@ -328,8 +356,9 @@ def forward(
     """See `schedule.py`."""
     rows = len(layer.input)
     products = Products(layer, chunk, kernels.matmul)
-    gradients = Gradients(products, needs, dtype=held_dtype(layer.input))
     live = few(rows, compared.live())
+    count = rows if live is None else len(live)
+    gradients = Gradients(products, needs, dtype=held_dtype(layer.input), rows=count)
     if live is not None:
         clear_statistics(out)
         gradients.clear(slice(None))
@@ -391,8 +420,8 @@ def backward(
     """See `schedule.py`."""
     rows = len(layer.input)
     products = Products(layer, chunk, kernels.matmul)
-    gradients = Gradients(products, needs, into)
     live = few(rows, compared.live(factors))
+    gradients = Gradients(products, needs, into, rows=rows if live is None else len(live))
     if live is not None:
         gradients.clear(slice(None))
     for span in spans(rows, chunk.rows, live):

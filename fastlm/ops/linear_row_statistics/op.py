@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
+from ...second_order import tangents, transformed
+from ..row_statistics import differentiable
 from ..row_statistics import op as rows_op
 from ..row_statistics import reference as rows_reference
 from ..row_statistics.op import (
@@ -34,10 +36,11 @@ from ..row_statistics.op import (
     Upstream,
     Wanted,
     coefficients,
+    result_dtype,
     upstream_of,
 )
 from . import schedule
-from .chunks import FASTEST, Compared, Layer, Needs, RowKernels, chunk_of
+from .chunks import FASTEST, NO_NEEDS, Compared, Layer, Needs, RowKernels, chunk_of
 
 LAYER_ARGUMENTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
@@ -116,7 +119,8 @@ def _run_forward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
 def _run_backward(kernels: RowKernels, *args: Any) -> tuple[Tensor, ...]:
     layer, compared = Layer(*args[:3]), Compared(*args[3:8])
     row_max, log_sum, factors, needs = args[8], args[9], args[10:15], Needs(*args[15:18])
-    chunk, into = chunk_of(layer, args[18]), args[19] if len(args) > 19 else None
+    into = args[19] if len(args) > 19 else None
+    chunk = chunk_of(layer, args[18], needs if into is None else NO_NEEDS)
     rest = (row_max, log_sum, factors, chunk, needs, into)
     return schedule.backward(kernels, layer, compared, *rest)
 
@@ -237,8 +241,11 @@ def gradients_of(
 
 def scaled(gradients: Sequence[Tensor | None], dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, which are ours alone, times dloss."""
-    # reading dloss on a GPU would wait for it
-    if dloss.device.type != "cpu" or float(dloss) != 1.0:
+    functorch = torch._C._functorch
+    # a batch of upstream gradients, which cannot be looked at
+    if functorch.is_legacy_batchedtensor(dloss) or functorch.is_functorch_wrapped_tensor(dloss):
+        return tuple(None if g is None else g * dloss for g in gradients)
+    if not checks.readable(dloss) or float(dloss) != 1.0:
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(dloss)
@@ -252,37 +259,81 @@ def released(
     return tuple(None if g is None else g.to(dtype) for g in scaled(gradients, dloss))
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor | None, ...]:
+    """What the backward is given."""
+    into, *args = inputs
+    _, _, entropy, sum_sq, _, argmax, row_max, log_sum, mass = output
+    ctx.options, ctx.wanted, ctx.max_bytes = args[5:8], Wanted(*args[8:12]), args[12]
+    moments = rows_op.kept_from_the_caller(ctx.wanted, entropy, sum_sq)
+    saved = (*args[:5], row_max, log_sum, *moments, mass)
+    ctx.save_for_backward(*saved)
+    # not saved: another backward may write to it before this one does
+    ctx.into = into
+    ctx.mark_non_differentiable(argmax, row_max, log_sum, mass)
+    ctx.set_materialize_grads(False)
+    return saved
+
+
+def plain(options: Any, wanted: Wanted, *inputs: Any) -> tuple[Tensor, ...]:
+    """`differentiable.statistics` of the layer's logits; inputs: those that have a gradient, and
+    what they are compared with."""
+    input, *rest = inputs
+    dtype = result_dtype(input)
+    layer: Any = (x if x is None else x.to(dtype) for x in (input, *rest[:2]))
+    with torch.autocast(input.device.type, enabled=False):
+        logits = torch.nn.functional.linear(*layer)
+    compared: Any = (*rest[2:], *options, wanted)
+    return differentiable.statistics(logits, *compared)
+
+
 class _LinearRowStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, into: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        out = _forward(*args)
-        # not saved: another backward may write to it before this one does
-        ctx.into = into
-        logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
-        ctx.save_for_backward(*args[:5], row_max, log_sum, entropy, sum_sq, mass)
-        ctx.options, ctx.wanted, ctx.max_bytes = args[5:8], Wanted(*args[8:12]), args[12]
-        ctx.mark_non_differentiable(argmax, mass)
-        ctx.set_materialize_grads(False)
-        return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        out = _forward(*args[1:])
+        _save(ctx, args, out)
+        return out
 
     @staticmethod
-    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        layer, compared = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:5]
-        upstream = upstream_of(douts[:5], compared[0] is not None, ctx.wanted)
+        tensors = ctx.saved_tensors  # once: a checkpoint hands them out no more
+        inputs, saved = tensors[:5], tensors[5:]
+        upstream = upstream_of(douts[:5], inputs[3] is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 15
         needs = Needs(*ctx.needs_input_grad[1:4])
-        found = gradients(
-            layer,
-            Compared(*compared, *ctx.options),
-            ctx.saved_tensors[5:],
-            upstream,
-            needs,
-            ctx.max_bytes,
-            ctx.into,
+        options, wanted, max_bytes, into = ctx.options, ctx.wanted, ctx.max_bytes, ctx.into
+
+        def kernels(upstream: Sequence[Tensor | None], *tensors: Any) -> list[Tensor | None]:
+            layer, compared = Layer(*tensors[:3]), Compared(*tensors[3:5], *options)
+            here = Upstream(*upstream)
+            found = gradients(layer, compared, tensors[5:], here, needs, max_bytes, into)
+            return [*found, None, None]
+
+        # what is added to `into` is not among the gradients
+        found_here = needs if into is None else needs._replace(weight=False)
+        rest = (upstream, inputs, saved, (*found_here, False, False))
+        found = differentiable.first_derivative(
+            kernels, functools.partial(plain, options, wanted), *rest
         )
-        return None, *found, *(None,) * 11
+        return None, *found, *(None,) * 9
+
+
+class _Transformed(_LinearRowStatistics):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _forward(*args[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # vmap keeps one list of what is saved for either
+        ctx.save_for_forward(*_save(ctx, inputs, output))
+
+    @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        here = functools.partial(plain, ctx.options, ctx.wanted)
+        return *tangents(here, ctx.saved_tensors[:5], given[1:6]), *(None,) * 4
 
 
 def linear_row_statistics(
@@ -296,8 +347,9 @@ def linear_row_statistics(
 ) -> Statistics:
     """Statistics of the layer's logits; max_bytes: see `chunk_of`. Arguments have been checked.
     class_weight is a constant. The gradient of the weight is added to `into`, if given."""
-    arguments = (*layer, *compared, *wanted, max_bytes, caller)
-    return Statistics(*_LinearRowStatistics.apply(into, *arguments))
+    function = _Transformed if transformed() else _LinearRowStatistics
+    out: Any = function.apply(into, *layer, *compared, *wanted, max_bytes, caller)
+    return Statistics._make((*out[:6], out[8]))
 
 
 def checked_layer(
@@ -319,7 +371,7 @@ def checked_layer(
         checks.bad_value(op, of_weight, "of at least one class", list(linear_weight.shape))
     checks.same_device(op, of_weight, linear_weight, of_input, input)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if library.autocast_on(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)

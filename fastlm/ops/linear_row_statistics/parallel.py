@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import library
 from ..row_statistics import parallel
-from ..row_statistics.op import Statistics, Wanted, upstream_of
+from ..row_statistics.op import Statistics, Wanted, kept_from_the_caller, upstream_of
 from ..row_statistics.parallel import ParallelStatistics, Shard
 from . import op as linear
 from .chunks import Compared, Layer, Needs
@@ -57,7 +57,7 @@ class _ParallelLinearRowStatistics(torch.autograd.Function):
         )
         statistics = whole.statistics
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = statistics
-        saved = (row_max, log_sum, entropy, sum_sq, mass)
+        saved = (row_max, log_sum, *kept_from_the_caller(wanted, entropy, sum_sq), mass)
         ctx.save_for_backward(*layer, local.target, local.owned, class_weight, *saved)
         ctx.options, ctx.wanted, ctx.max_bytes, ctx.group = options, wanted, max_bytes, shard.group
         # not saved: another backward may write to it before this one does
@@ -70,8 +70,10 @@ class _ParallelLinearRowStatistics(torch.autograd.Function):
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        layer = Layer(*ctx.saved_tensors[:3])
-        target, owned, class_weight, row_max, log_sum, *statistics = ctx.saved_tensors[3:]
+        *three, target, owned, class_weight, row_max, log_sum, entropy, sum_sq, mass = (
+            ctx.saved_tensors
+        )
+        layer, statistics = Layer(*three), (entropy, sum_sq, mass)
         upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 10

@@ -7,7 +7,9 @@ the result is a divergence of distributions: not negative, zero only when the K 
 Saved, memory, schedules: as `linear_kl_div`, whose loop and autograd these are, without the
 teacher's products and its chunk of logits.
 
-Backends: reference, the products by the library and the rows in plain PyTorch; any float dtype.
+Backends: cpu takes float32, bfloat16 and float16, the products by the faster of the library's and
+ours, and the statistics of the rows and their gradient by the kernels of `row_statistics`;
+reference takes any float dtype, the products by the library and the rows in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, library
+from ... import checks, dispatch, extension, library
 from ..linear_kl_div import loop
 from ..linear_kl_div import reference as divergences
 from ..linear_row_statistics import op as linear
-from ..linear_row_statistics.chunks import Layer, Needs, Span
+from ..linear_row_statistics.chunks import FASTEST, LIBRARY, Layer, Matmul, Needs, Span
+from ..row_statistics import op as rows_op
 from ..row_statistics.op import result_dtype
 from . import reference
 
 _OP = "linear_topk_kl_div"
+_NO_MORE: tuple[Any, ...] = (False, False, False, False, "")  # statistics of a row beside its sum
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -64,35 +68,87 @@ class _Teacher:
         chunk: int,
     ) -> None:
         self.logprobs, self.indices = logprobs, indices
-        self.scratch = logprobs.new_empty(chunk, classes)
+        self.chunk, self.classes = chunk, classes
+        self.scratch: Tensor | None = None
         self.divergence, self.beta, self.scale = divergence, beta, scale
 
+    def compare(
+        self, buckets: Tensor, logprobs: Tensor, classes: int, with_gradient: bool
+    ) -> Tensor:
+        """[n] of the student's buckets [n, K + 1], in which the gradient stands afterwards."""
+        log_p = reference.teacher_buckets(logprobs, classes)
+        scratch = torch.empty_like(buckets), torch.empty_like(buckets)
+        return divergences.divergence_(
+            self.divergence, self.beta, buckets, log_p, scratch, with_gradient
+        )
+
     def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.scratch is None:
+            self.scratch = logits.new_empty(self.chunk, self.classes)
         log_q = divergences.log_softmax(logits, self.scale, self.scratch[: len(logits)])
         index, logprobs = self.indices[span], self.logprobs[span]
         real = logprobs != -torch.inf
         buckets, tail = reference.student_buckets_(log_q, index, real, logits)
-        log_p = reference.teacher_buckets(logprobs, logits.shape[-1])
-        scratch = torch.empty_like(buckets), torch.empty_like(buckets)
-        value = divergences.divergence_(
-            self.divergence, self.beta, buckets, log_p, scratch, factor is not None
-        )
+        value = self.compare(buckets, logprobs, logits.shape[-1], factor is not None)
         if factor is not None:
             du = buckets.mul_(factor[:, None] * self.scale)
             reference.spread_(log_q, tail, index, real, du)
         return value, log_q
 
 
-def _run(*args: Any) -> tuple[Tensor, ...]:
+class _CompiledTeacher(_Teacher):
+    """The same on a CPU, where indices have been checked; the gradient is left in the logits."""
+
+    def __call__(self, logits: Tensor, span: Span, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        index, logprobs = self.indices[span], self.logprobs[span]
+        real = logprobs != -torch.inf
+        scores: tuple[Any, ...] = (None, None, -100, self.scale, 0.0, *_NO_MORE)
+        row_max, log_sum = rows_op.cpu_forward(logits, *scores)[6:8]
+        chosen = logits.gather(-1, index)
+        chosen = (chosen.mul_(self.scale) - row_max[:, None]).sub_(log_sum[:, None])
+        removed = torch.zeros_like(chosen).masked_fill_(real, -torch.inf)
+        # added, not written: padding may have the index of a class that is chosen
+        logits.scatter_add_(-1, index, removed)
+        top, log_rest = rows_op.cpu_forward(logits, *scores)[6:8]
+        tail = (top - row_max) + (log_rest - log_sum)
+        buckets = torch.cat((chosen.masked_fill_(~real, -torch.inf), tail[:, None]), -1)
+        value = self.compare(buckets, logprobs, logits.shape[-1], factor is not None)
+        if factor is not None:
+            du = buckets.mul_(factor[:, None])
+            # a row of which nothing is left: measured from 0, its probabilities are 0
+            nothing = top == -torch.inf
+            rest = top.masked_fill_(nothing, 0.0), log_rest.masked_fill_(nothing, 0.0)
+            on_p = (du[:, -1].contiguous(), None, None, None, None)
+            rows_op.cpu_backward_into(logits, logits, None, None, *rest, on_p, *scores[2:5])
+            of_chosen = du[:, :-1].mul(self.scale).masked_fill_(~real, 0.0)
+            logits.scatter_add_(-1, index, of_chosen)
+        return value, logits
+
+
+def _run(teacher: type[_Teacher], matmul: Matmul, *args: Any) -> tuple[Tensor, ...]:
     student, keep, row_weight = Layer(*args[:3]), args[5], args[6]
     logprobs, indices = (loop.without_masked(value, keep) for value in args[3:5])
     classes = student.weight.shape[0]
-    rows = functools.partial(_Teacher, logprobs, indices, classes, *args[7:10])
-    prepared = loop.Prepared(rows, 2)
+    rows = functools.partial(teacher, logprobs, indices, classes, *args[7:10])
+    prepared = loop.Prepared(rows, 2, matmul)
     return loop.run(student, keep, row_weight, Needs(*args[11:14]), args[10], prepared)
 
 
-dispatch.register(_OP, "reference", _run)
+def _cpu_refuses(student: Tensor, **_: Any) -> str | None:
+    if student.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, not float64"
+    return None
+
+
+dispatch.register(
+    _OP,
+    "cpu",
+    functools.partial(_run, _CompiledTeacher, FASTEST),
+    devices=("cpu",),
+    unavailable=extension.unavailable,
+    refuses=_cpu_refuses,
+)
+dispatch.register(_OP, "reference", functools.partial(_run, _Teacher, LIBRARY))
 
 
 def _checked_teacher(

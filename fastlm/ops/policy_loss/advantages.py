@@ -10,7 +10,7 @@ from ... import checks
 
 def _check_rewards(op: str, rewards: Tensor) -> None:
     checks.floating(op, "rewards", rewards)
-    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+    if not checks.readable(rewards):
         return
     bad = rewards.isnan()
     if bool(bad.any()):
@@ -44,6 +44,17 @@ def _sums(values: Tensor, groups: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add_(0, groups, values)[groups]
 
 
+def _centered(exact: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] less the mean of its group, exactly 0 where all of one are equal; the sizes of groups."""
+    count = _sums(torch.ones_like(exact), groups)
+    extremes = [
+        torch.zeros_like(exact).scatter_reduce_(0, groups, exact, how, include_self=False)[groups]
+        for how in ("amin", "amax")
+    ]
+    centered = exact - _sums(exact, groups) / count
+    return torch.where(extremes[0] == extremes[1], 0.0, centered), count
+
+
 @torch.no_grad()
 def group_advantages(
     rewards: Tensor,
@@ -71,14 +82,7 @@ def group_advantages(
     """
     _check_rewards("group_advantages", rewards)
     groups = _groups("group_advantages", rewards, group_size, group_ids)
-    exact = rewards.double()
-    count = _sums(torch.ones_like(exact), groups)
-    centered = exact - _sums(exact, groups) / count
-    extremes = [
-        torch.zeros_like(exact).scatter_reduce_(0, groups, exact, how, include_self=False)[groups]
-        for how in ("amin", "amax")
-    ]
-    centered = torch.where(extremes[0] == extremes[1], 0.0, centered)
+    centered, count = _centered(rewards.double(), groups)
     if normalize:
         variance = _sums(centered.square(), groups) / (count - 1).clamp(min=1)
         centered = centered / (variance.sqrt() + 1e-6)
@@ -97,7 +101,8 @@ def leave_one_out_advantages(
         group_ids: [N], any integers, equal within a group.
 
     Returns:
-        [N], dtype of `rewards`. A group of one has no other: its baseline is 0.
+        [N], dtype of `rewards`; exactly 0 in a group of equal rewards. A group of one has no other:
+        its baseline is 0.
 
     Raises:
         ValueError: a NaN reward (on the CPU, named), or groups that do not fit. TypeError: dtypes.
@@ -107,9 +112,25 @@ def leave_one_out_advantages(
     _check_rewards("leave_one_out_advantages", rewards)
     groups = _groups("leave_one_out_advantages", rewards, group_size, group_ids)
     exact = rewards.double()
-    others = _sums(torch.ones_like(exact), groups) - 1
-    baseline = (_sums(exact, groups) - exact) / others.clamp(min=1)
-    return (exact - torch.where(others > 0, baseline, 0.0)).to(rewards.dtype)
+    centered, count = _centered(exact, groups)
+    # r less the mean of the other n - 1 is n / (n - 1) times r less the mean of all
+    apart = centered * count / (count - 1).clamp(min=1)
+    return torch.where(count > 1, apart, exact).to(rewards.dtype)
+
+
+def _discounted(delta: Tensor, factor: float, factors: Tensor | None) -> Tensor:
+    """A_t = delta_t + factor * A_{t+1}, or with the factors of each step; [B, T]."""
+    if delta.shape[1] == 0:
+        return torch.zeros_like(delta)
+    columns = list(delta.unbind(1))
+    if factors is None:
+        for t in range(len(columns) - 2, -1, -1):
+            columns[t] = torch.add(columns[t], columns[t + 1], alpha=factor)
+        return torch.stack(columns, 1)
+    each = factors.to(delta.dtype).unbind(1)
+    for t in range(len(columns) - 2, -1, -1):
+        columns[t] = torch.addcmul(columns[t], each[t], columns[t + 1])
+    return torch.stack(columns, 1)
 
 
 @torch.no_grad()
@@ -144,7 +165,7 @@ def gae(
     checks.floating("gae", "values", values)
     checks.shape("gae", "rewards", rewards, (None, None), "[B, T]")
     checks.shape("gae", "values", values, rewards.shape, "as rewards")
-    keep = torch.ones_like(rewards, dtype=torch.bool)
+    keep = None
     if mask is not None:
         checks.tensor("gae", "mask", mask)
         checks.shape("gae", "mask", mask, rewards.shape, "as rewards")
@@ -154,14 +175,18 @@ def gae(
         checks.floating("gae", "last_value", last_value)
         checks.shape("gae", "last_value", last_value, rewards.shape[:1])
         following = last_value.to(rewards.dtype)
-    values = torch.where(keep, values.to(rewards.dtype), 0.0)
-    carried = torch.zeros_like(following)
-    columns = []
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        here = keep[:, t]
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        carried = torch.where(here, delta + gamma * lam * carried, carried)
-        following = torch.where(here, values[:, t], following)
-        columns.append(torch.where(here, carried, 0.0))
-    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
+    values = values.to(rewards.dtype)
+    after = torch.cat((values, following[:, None]), 1)
+    if keep is None:
+        advantages = _discounted(rewards + gamma * after[:, 1:] - values, gamma * lam, None)
+        return advantages, advantages + values
+    values = torch.where(keep, values, 0.0)
+    steps = torch.arange(rewards.shape[1], device=rewards.device)
+    # the next step that is not masked; that behind the last one is `following`
+    next_kept = torch.where(keep, steps, rewards.shape[1]).flip(1).cummin(1).values.flip(1)
+    next_kept = torch.cat((next_kept, next_kept.new_full((len(keep), 1), len(steps))), 1)[:, 1:]
+    delta = rewards + gamma * after.gather(1, next_kept) - values
+    delta = torch.where(keep, delta, 0.0)
+    advantages = _discounted(delta, gamma * lam, torch.where(keep, gamma * lam, 1.0))
+    advantages = torch.where(keep, advantages, 0.0)
     return advantages, advantages + values

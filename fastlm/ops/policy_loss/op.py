@@ -1,17 +1,20 @@
 """Policy-gradient losses of per-token log-probs: a composition of elementwise PyTorch on [B, T].
 
-Contract: `reference.py` holds the formulas; this file checks, and cuts off everything behind the
-mask before any arithmetic. There is no torch op and no backend to choose: the tensors are [B, T],
-a vocabulary smaller than what `token_logprobs` reads to make them.
+Contract: `reference.py` holds the formulas; this file checks, and cuts off what is behind the mask:
+in the log-probs before any arithmetic, so that their gradient is 0 there, and in the tokens' losses
+before they are summed. There is no torch op and no backend to choose: the tensors are [B, T], a
+vocabulary smaller than what `token_logprobs` reads to make them.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ... import checks
-from . import reference
+from ... import checks, dispatch
+from . import gradient, reference
 
 # the aggregation of the paper (or of the implementation that gave the name)
 AGGREGATION = {
@@ -41,7 +44,7 @@ def kept(tokens: Tensor, mask: Tensor | None, like: str, op: str) -> Tensor:
     checks.tensor(op, "mask", mask)
     checks.shape(op, "mask", mask, tokens.shape, f"as {like}")
     checks.same_device(op, "mask", mask, like, tokens)
-    return mask != 0
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def per_token(
@@ -53,14 +56,26 @@ def per_token(
     op: str = "policy_loss",
 ) -> Tensor:
     """[B, T], 0 outside `keep`; [B] is spread over the tokens where that is allowed."""
+    return torch.where(keep, _checked(what, value, keep, per_sequence, like, op), 0.0)
+
+
+def _checked(
+    what: str,
+    value: Tensor,
+    tokens: Tensor,
+    per_sequence: bool = False,
+    like: str = "logprobs",
+    op: str = "policy_loss",
+) -> Tensor:
+    """[B, T] as `tokens`, or [B, 1]; float32 at least."""
     checks.floating(op, what, value)
-    checks.same_device(op, what, value, like, keep)
+    checks.same_device(op, what, value, like, tokens)
     if per_sequence and value.dim() == 1:
-        checks.shape(op, what, value, keep.shape[:1], f"or [B, T] as {like}")
+        checks.shape(op, what, value, tokens.shape[:1], f"or [B, T] as {like}")
         value = value[:, None]
     else:
-        checks.shape(op, what, value, keep.shape, f"as {like}")
-    return torch.where(keep, _at_least_float32(value), 0.0)
+        checks.shape(op, what, value, tokens.shape, f"as {like}")
+    return _at_least_float32(value)
 
 
 def check_options(
@@ -97,10 +112,11 @@ def policy_term(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    keep: Tensor,
+    keep: Tensor | None,
     clip_eps: tuple[float, float],
     dual_clip: float | None,
 ) -> Tensor:
+    """Whatever stands outside `keep` (None: all are inside) has no part in the others."""
     if loss_type in ("reinforce", "rloo"):
         return -advantages * logprobs
     if loss_type == "cispo":
@@ -163,6 +179,9 @@ def policy_loss(
         gspo                             the same, r = exp(mean of the sequence's log-ratios)
         cispo                            -clip(r) * A * logprob, no gradient through clip(r)
 
+    The gradient of gspo reaches each token by its own A and `is_ratio` (GSPO-token); where these
+    are equal within a sequence it is that of GSPO.
+
     The types in one line differ in the aggregation of their papers, which `loss_agg_mode=None`
     chooses; the default is "token-mean" for all, as in verl:
 
@@ -209,26 +228,60 @@ def policy_loss(
     check_options(
         loss_type, clip_eps, dual_clip, kl_estimator, is_mode, is_cap, loss_agg_mode, max_length
     )
-    keep = kept(logprobs, mask, "logprobs", "policy_loss")
-    logprobs = per_token("logprobs", logprobs, keep)
-    advantages = per_token("advantages", advantages, keep, per_sequence=True).detach()
-    old = logprobs if old_logprobs is None else per_token("old_logprobs", old_logprobs, keep)
-    loss = policy_term(loss_type, logprobs, old.detach(), advantages, keep, clip_eps, dual_clip)
+    keep = None if mask is None else kept(logprobs, mask, "logprobs", "policy_loss")
+    logprobs = _at_least_float32(logprobs)
+    if keep is not None:
+        logprobs = torch.where(keep, logprobs, 0.0)
+    advantages = _checked("advantages", advantages, logprobs, per_sequence=True).detach()
+    old = importance = ref = bonus = None
+    if old_logprobs is not None:
+        old = _checked("old_logprobs", old_logprobs, logprobs).detach()
     if is_ratio is not None:
-        ratio = per_token("is_ratio", is_ratio, keep, per_sequence=True)
-        loss = loss * reference.importance(ratio, is_mode, is_cap)
+        ratio = _checked("is_ratio", is_ratio, logprobs, per_sequence=True)
+        importance = reference.importance(ratio, is_mode, is_cap)
     if kl_coef:
         if ref_logprobs is None:
             checks.bad_value("policy_loss", "ref_logprobs", "given with kl_coef", None)
-        ref = per_token("ref_logprobs", ref_logprobs, keep).detach()
-        loss = loss + kl_coef * reference.kl(logprobs, ref, kl_estimator)
+        ref = _checked("ref_logprobs", ref_logprobs, logprobs).detach()
     if entropy_coef:
         if entropy is None:
             checks.bad_value("policy_loss", "entropy", "given with entropy_coef", None)
-        loss = loss - entropy_coef * per_token("entropy", entropy, keep)
+        bonus = _checked("entropy", entropy, logprobs)
     mode = AGGREGATION[loss_type] if loss_agg_mode is None else loss_agg_mode
+    term = (loss_type, clip_eps, dual_clip, kl_coef, kl_estimator, entropy_coef)
+    tokens = gradient.Tokens(advantages, old, ref, importance, keep, *term)
+    composed = functools.partial(_composed, tokens, mode, max_length)
+    # with and without a gradient, so that its bits are the same
+    if dual_clip is None and dispatch.direct(logprobs, bonus):
+        share = reference.share(logprobs, keep, mode, max_length)
+        value = gradient.PolicyLoss.apply(logprobs, bonus, tokens, share, composed)
+    else:
+        value = composed(logprobs, bonus)
     # a constant in float64 does not widen the result
-    return reference.aggregate(loss, keep, mode, max_length).to(logprobs.dtype)
+    return value.to(logprobs.dtype)
+
+
+def _composed(
+    tokens: gradient.Tokens,
+    mode: str,
+    max_length: int | None,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+) -> Tensor:
+    """The loss in PyTorch operations, which autograd differentiates."""
+    old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    call = (tokens.loss_type, logprobs, old, tokens.advantages)
+    loss = policy_term(*call, tokens.keep, tokens.clip_eps, tokens.dual_clip)
+    if tokens.importance is not None:
+        loss = loss * tokens.importance
+    if tokens.ref_logprobs is not None:
+        kl = reference.kl(logprobs, tokens.ref_logprobs, tokens.kl_estimator)
+        loss = loss + tokens.kl_coef * kl
+    if entropy is not None:
+        loss = loss - tokens.entropy_coef * entropy
+    if tokens.keep is not None:
+        loss = torch.where(tokens.keep, loss, 0.0)
+    return reference.aggregate(loss, tokens.keep, mode, max_length)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -> Tensor:

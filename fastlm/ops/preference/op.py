@@ -20,9 +20,21 @@ from ..cross_entropy.loss import REDUCTIONS, finite
 from . import reference
 
 
+def _ordinary(value: Tensor, first: Tensor) -> bool:
+    """What needs no further look: the checks below take longer than the loss of a batch."""
+    plain = type(value) is Tensor and value.is_cpu and value.dtype == torch.float32
+    return plain and value.dim() == 1 and value.shape == first.shape
+
+
+def _constant(value: Tensor) -> Tensor:
+    return value.detach() if value.requires_grad else value
+
+
 def _checked(op: str, named: dict[str, Tensor], free: Sequence[str] = ()) -> list[Tensor]:
     """The tensors, [B] as the first (those in `free` of any length), in one dtype."""
     first_name, first = next(iter(named.items()))
+    if all(_ordinary(value, first) for value in named.values()):
+        return list(named.values())
     dtype = torch.float32
     for what, value in named.items():
         checks.floating(op, what, value)
@@ -106,7 +118,7 @@ def dpo_loss(
     named = {"chosen": chosen, "rejected": rejected}
     named |= {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
     chosen, rejected, ref_chosen, ref_rejected = _checked(op, named)
-    margin = (chosen - ref_chosen.detach()) - (rejected - ref_rejected.detach())
+    margin = (chosen - _constant(ref_chosen)) - (rejected - _constant(ref_rejected))
     values = reference.pairwise(margin, loss_type, beta, label_smoothing)
     return reference.reduce(values, reduction)
 
@@ -144,8 +156,10 @@ def cpo_loss(
     finite(op, "cpo_alpha", cpo_alpha)
     chosen, rejected = _checked(op, {"chosen": chosen, "rejected": rejected})
     values = reference.pairwise(chosen - rejected, "sigmoid", beta, label_smoothing)
-    likelihood = _nll(op, nll, chosen)
-    if cpo_alpha != 0:
+    likelihood = None if nll is None else _nll(op, nll, chosen)
+    if cpo_alpha != 0 and likelihood is None:
+        values = torch.sub(values, chosen, alpha=cpo_alpha)
+    elif likelihood is not None and cpo_alpha != 0:
         values = values + cpo_alpha * likelihood
     return reference.reduce(values, reduction)
 
@@ -273,7 +287,7 @@ def kto_loss(
     else:
         baseline = good.new_full((), finite(op, "kl", kl))
     values = reference.kto(
-        good - ref_good.detach(), bad - ref_bad.detach(), baseline.clamp(min=0), beta, weights
+        good - _constant(ref_good), bad - _constant(ref_bad), baseline.clamp(min=0), beta, weights
     )
     return reference.reduce(values, reduction)
 

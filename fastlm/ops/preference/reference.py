@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
+
+
+def _unlikely(scaled: Tensor) -> Tensor:
+    """-log sigmoid(-x), exact to the last digit of float64 on both sides of the threshold."""
+    return softplus(scaled, threshold=50.0)
 
 
 def pairwise(margin: Tensor, loss_type: str, beta: float, label_smoothing: float) -> Tensor:
@@ -17,11 +22,10 @@ def pairwise(margin: Tensor, loss_type: str, beta: float, label_smoothing: float
         return torch.relu(1 - beta * margin)
     if loss_type == "ipo":
         return (margin - 1 / (2 * beta)).square()
-    scaled = beta * margin
-    right = -logsigmoid(scaled)
+    right = _unlikely(-beta * margin)
     if label_smoothing == 0:
         return right
-    wrong = -logsigmoid(-scaled)
+    wrong = _unlikely(beta * margin)
     if loss_type == "robust":
         smoothed = (1 - label_smoothing) * right - label_smoothing * wrong
         return smoothed / (1 - 2 * label_smoothing)
@@ -47,5 +51,4 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     """The mean of nothing is 0."""
     if reduction == "none":
         return values
-    total = values.sum()
-    return total if reduction == "sum" else total / max(1, values.shape[0])
+    return values.mean() if reduction == "mean" and values.shape[0] else values.sum()

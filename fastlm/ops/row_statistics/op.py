@@ -15,14 +15,16 @@ them with respect to z has the form
 
 with five numbers per row, so one backward kernel serves all: one read of the logits, one write of
 dlogits. Saved: the logits, max and log sum exp(z - max) of each row (two numbers, because lse alone
-loses log p to rounding when |z| is large), never probabilities.
+loses log p to rounding when |z| is large), never probabilities. Further derivatives and forward
+mode: `differentiable.py`.
 
 A row whose target is `ignore_index` is not read: statistics 0, argmax -1, gradient 0. A target out
 of range raises IndexError on the CPU; elsewhere its log-prob is NaN, and the row's gradient through
 it. NaN and infinite logits give what `log_softmax` gives.
 
-Backends: triton takes float32, bfloat16 and float16, cpu float32 and bfloat16, reference every
-float dtype; any strides of the logits. Results are float32, for float64 logits float64.
+Backends: triton and cpu take float32, bfloat16 and float16 (cpu by copies of some rows, see
+`half.py`), reference every float dtype; any strides of the logits. Results are float32, for
+float64 logits float64. Calls of few logits do not come here: see `small.py`.
 
 Source: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), by blocks.
 """
@@ -37,7 +39,8 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch, extension, library, triton_backend
-from . import reference
+from ...second_order import tangents, transformed
+from . import differentiable, half, reference
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
@@ -132,6 +135,10 @@ def cpu_forward(
     caller: str,
 ) -> tuple[Tensor, ...]:
     rows = logits.shape[0]
+    options = (ignore_index, scale, softcap)
+    if logits.dtype == torch.float16:
+        rest = (*options, entropy, sum_sq, weighted_sum, argmax, caller)
+        return half.forward(cpu_forward, logits, target, class_weight, *rest)
     wanted = (target is not None, entropy, sum_sq, weighted_sum, argmax)
     out = empty_statistics(rows, logits, *wanted)
     logprob, lse, entropies, squares, weighted, best, row_max, log_sum, mass = out
@@ -142,9 +149,7 @@ def cpu_forward(
         logits,
         None if target is None else target.contiguous(),
         None if class_weight is None else class_weight.contiguous(),
-        ignore_index,
-        scale,
-        softcap,
+        *options,
         row_max,
         log_sum,
         lse,
@@ -171,6 +176,10 @@ def cpu_backward_into(
     softcap: float,
 ) -> None:
     """Write dlogits, contiguous; it may be `logits`."""
+    if logits.dtype == torch.float16:
+        rows = (dlogits, logits, target, class_weight, row_max, log_sum)
+        options = (coefficients, ignore_index, scale, softcap)
+        return half.backward_into(cpu_backward_into, *rows, *options)
     extension.raw("row_statistics_backward")(
         logits if logits.stride(1) == 1 else logits.contiguous(),
         None if target is None else target.contiguous(),
@@ -208,10 +217,9 @@ def _backward_of(
     return dlogits
 
 
-def _cpu_refuses(logits: Tensor, **_: Any) -> str | None:
-    if logits.dtype not in (torch.float32, torch.bfloat16):
-        return f"takes float32 and bfloat16, not {checks.short(logits.dtype)}"
-    return None
+def _refuses_float64(logits: Tensor, **_: Any) -> str | None:
+    wide = logits.dtype == torch.float64
+    return "takes float32, bfloat16 and float16, not float64" if wide else None
 
 
 def triton_forward(
@@ -235,9 +243,7 @@ def triton_forward(
     logprob, lse, entropies, squares, weighted, best, row_max, log_sum, mass = out
     options = (ignore_index, scale, softcap)
     written = (row_max, log_sum, lse, logprob, entropies, squares, weighted, mass, best)
-    triton_kernels.forward(
-        logits, target, class_weight, *options, tuple(_optional(value) for value in written)
-    )
+    triton_kernels.forward(logits, target, class_weight, *options, tuple(map(_optional, written)))
     return out
 
 
@@ -256,9 +262,7 @@ def triton_refuses_size(rows: int, classes: int) -> str | None:
 
 
 def _triton_refuses(logits: Tensor, **_: Any) -> str | None:
-    if logits.dtype == torch.float64:
-        return "takes float32, bfloat16 and float16, not float64"
-    return triton_refuses_size(*logits.shape)
+    return _refuses_float64(logits) or triton_refuses_size(*logits.shape)
 
 
 dispatch.register(
@@ -278,7 +282,7 @@ dispatch.register(
     functools.partial(_backward_of, cpu_backward_into),
     devices=("cpu",),
     unavailable=extension.unavailable,
-    refuses=_cpu_refuses,
+    refuses=_refuses_float64,
 )
 dispatch.register("row_statistics", "reference", reference.forward, reference.backward)
 
@@ -333,63 +337,76 @@ def upstream_of(douts: Sequence[Tensor | None], has_target: bool, wanted: Wanted
     return Upstream(*(d if use else None for d, use in zip(douts, used, strict=False)))
 
 
-def class_weight_gradient(
-    on_weighted_sum: Tensor,
-    logits: Tensor,
-    target: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """[N, V], of weights that differ from row to row."""
-    z, _ = reference.scores(logits, scale, softcap)
-    log_p = (z - row_max[:, None]) - log_sum[:, None]
-    dweight = on_weighted_sum[:, None] * log_p
-    if target is None:
-        return dweight
-    return dweight.masked_fill((target.reshape(-1) == ignore_index)[:, None], 0.0)
+def kept_from_the_caller(wanted: Wanted, entropy: Tensor, sum_sq: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of what the backward needs and the caller has, who may write to it."""
+    return (
+        entropy.clone() if wanted.entropy else entropy,
+        sum_sq.clone() if wanted.sum_sq else sum_sq,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor | None, ...]:
+    """What the backward is given."""
+    _, _, entropy, sum_sq, _, argmax, row_max, log_sum, mass = output
+    ctx.options, ctx.wanted = inputs[3:6], Wanted(*inputs[6:10])
+    moments = kept_from_the_caller(ctx.wanted, entropy, sum_sq)
+    saved = (*inputs[:3], row_max, log_sum, *moments, mass)
+    ctx.save_for_backward(*saved)
+    ctx.mark_non_differentiable(argmax, row_max, log_sum, mass)
+    ctx.set_materialize_grads(False)
+    return saved
+
+
+def _plain(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
+    rest: Any = (*ctx.options, ctx.wanted)
+    return lambda *inputs: differentiable.statistics(*inputs, *rest)
 
 
 class _RowStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor | None,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        *wanted: Any,
-    ) -> tuple[Tensor, ...]:
-        out = _forward(logits, target, class_weight, ignore_index, scale, softcap, *wanted)
-        logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = out
-        ctx.save_for_backward(logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass)
-        ctx.options, ctx.wanted = (ignore_index, scale, softcap), Wanted(*wanted[:4])
-        ctx.mark_non_differentiable(argmax, mass)
-        ctx.set_materialize_grads(False)
-        return logprob, lse, entropy, sum_sq, weighted_sum, argmax, mass
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        out = _forward(*args)
+        _save(ctx, args, out)
+        return out
 
     @staticmethod
-    @library.once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, class_weight, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
-        upstream = upstream_of(douts[:5], target is not None, ctx.wanted)
+        *inputs, row_max, log_sum, entropy, sum_sq, mass = ctx.saved_tensors
+        upstream = upstream_of(douts[:5], inputs[1] is not None, ctx.wanted)
         if all(value is None for value in upstream):
             return (None,) * 11
-        dlogits = dweight = None
-        if ctx.needs_input_grad[0]:
-            saved = (logits, target, class_weight, row_max, log_sum)
-            dlogits = _backward(
-                *saved, *coefficients(upstream, entropy, sum_sq, mass), *ctx.options
-            )
-        if ctx.needs_input_grad[2] and upstream.weighted_sum is not None:
-            dweight = class_weight_gradient(
-                upstream.weighted_sum, logits, target, row_max, log_sum, *ctx.options
-            )
-        return dlogits, None, dweight, *(None,) * 8
+        options, needs = ctx.options, ctx.needs_input_grad[:3]
+
+        def kernels(upstream: Sequence[Tensor | None], *saved: Any) -> list[Tensor | None]:
+            here, dlogits, dweight = Upstream(*upstream), None, None
+            if needs[0]:
+                dlogits = _backward(*saved[:5], *coefficients(here, *saved[5:]), *options)
+            if needs[2] and here.weighted_sum is not None:
+                dweight = differentiable.class_weight_gradient(
+                    here.weighted_sum, saved[0], saved[1], *saved[3:5], *options
+                )
+            return [dlogits, None, dweight]
+
+        saved = (row_max, log_sum, entropy, sum_sq, mass)
+        rest = (upstream, inputs, saved, needs)
+        return *differentiable.first_derivative(kernels, _plain(ctx), *rest), *(None,) * 8
+
+
+class _Transformed(_RowStatistics):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # vmap keeps one list of what is saved for either
+        ctx.save_for_forward(*_save(ctx, inputs, output))
+
+    @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        return *tangents(_plain(ctx), ctx.saved_tensors[:3], given[:3]), *(None,) * 4
 
 
 class Statistics(NamedTuple):
@@ -417,7 +434,7 @@ def row_statistics(
 ) -> Statistics:
     """Statistics of logits [N, V]; target int64 with N elements in any shape, class_weight in the
     result's dtype, [V] or (differentiable) [N, V]. Arguments have been checked."""
+    function = _Transformed if transformed() else _RowStatistics
     options = (ignore_index, scale, softcap)
-    return Statistics(
-        *_RowStatistics.apply(logits, target, class_weight, *options, *wanted, caller)
-    )
+    out: Any = function.apply(logits, target, class_weight, *options, *wanted, caller)
+    return Statistics._make((*out[:6], out[8]))

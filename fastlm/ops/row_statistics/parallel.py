@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from ... import checks, library
+from .differentiable import class_weight_gradient
 from .op import (
     Statistics,
     Upstream,
     Wanted,
-    class_weight_gradient,
     coefficients,
+    kept_from_the_caller,
     result_dtype,
     upstream_of,
 )
@@ -325,9 +326,9 @@ class _ParallelRowStatistics(torch.autograd.Function):
         whole = combine(shard, local, target, ignore_index, out, top, target_weight)
         statistics = whole.statistics
         logprob, lse, entropy, sum_sq, weighted_sum, argmax, row_max, log_sum, mass = statistics
-        ctx.save_for_backward(
-            logits, local.target, local.owned, class_weight, row_max, log_sum, entropy, sum_sq, mass
-        )
+        moments = kept_from_the_caller(wanted, entropy, sum_sq)
+        saved = (row_max, log_sum, *moments, mass)
+        ctx.save_for_backward(logits, local.target, local.owned, class_weight, *saved)
         ctx.options, ctx.wanted = options, wanted
         ctx.mark_non_differentiable(argmax, mass, whole.classes, whole.target_weight)
         ctx.set_materialize_grads(False)

@@ -17,13 +17,13 @@ def scores(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor
     return squashed * softcap * scale, squashed
 
 
-def _kept(target: Tensor | None, rows: int, ignore_index: int, device: torch.device) -> Tensor:
+def kept_rows(target: Tensor | None, rows: int, ignore_index: int, device: torch.device) -> Tensor:
     if target is None:
         return torch.ones(rows, dtype=torch.bool, device=device)
     return target.reshape(-1) != ignore_index
 
 
-def _at_target(target: Tensor, kept: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def at_target(target: Tensor, kept: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """A valid index for every row, and whether the row's own index was valid."""
     index = target.reshape(-1).where(kept, 0)
     valid = (index >= 0) & (index < classes)
@@ -45,7 +45,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     rows, classes = logits.shape
     z, _ = scores(logits, scale, softcap)
-    kept = _kept(target, rows, ignore_index, logits.device)
+    kept = kept_rows(target, rows, ignore_index, logits.device)
     top = z.amax(-1)
     # a row of -inf alone is measured from 0: -inf - -inf would be NaN
     shifted = z - top.where(top != -math.inf, 0)[:, None]
@@ -62,7 +62,7 @@ def forward(
     logprob, spread, squares, weighted, mass = (none() for _ in range(5))
     best = none(torch.int64)
     if target is not None:
-        index, valid = _at_target(target, kept, classes)
+        index, valid = at_target(target, kept, classes)
         picked = (z.gather(-1, index)[:, 0] - top) - log_sum
         logprob = per_row(picked.where(valid, math.nan))
     if entropy:
@@ -99,7 +99,7 @@ def backward(
 ) -> Tensor:
     rows, classes = logits.shape
     z, squashed = scores(logits, scale, softcap)
-    kept = _kept(target, rows, ignore_index, logits.device)
+    kept = kept_rows(target, rows, ignore_index, logits.device)
     log_p = (z - row_max[:, None]) - log_sum[:, None]
     p = log_p.exp()
     dz = torch.zeros_like(z)
@@ -114,7 +114,7 @@ def backward(
         weight = torch.ones_like(z[:1, :]) if class_weight is None else class_weight
         dz = dz + weight * on_weight[:, None]
     if on_target is not None and target is not None:
-        index, valid = _at_target(target, kept, classes)
+        index, valid = at_target(target, kept, classes)
         dz = dz.scatter_add(-1, index, on_target[:, None])
         # the log-prob of a target out of range is NaN, and so is its gradient
         dz = dz.where(valid[:, None], math.nan)

@@ -6,14 +6,16 @@ exceeds u times the weight of all kept tokens. So a sample is a function of (see
 and of that row's logits: batch, order of rows and threads do not matter. Filters compare logits,
 never token numbers: tokens with equal logits are kept or dropped together.
 
-Backends: cpu (C++, float32 and bfloat16), reference (any float dtype, computed in float64). Where u
-falls within rounding of the border between two tokens they may choose differently.
+Backends: cpu (C++, float32 and bfloat16; float16 comes there as float32, unless a backend is asked
+for), reference (any float dtype, computed in float64). Where u falls within rounding of the border
+between two tokens they may choose differently.
 No gradient; the log-prob for a policy gradient comes from `token_logprobs`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +81,8 @@ def _cpu(
     top_p: float,
     min_p: float,
 ) -> Sampled:
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-    logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
+    tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
+    logprobs = logits.new_empty(logits.shape[0], dtype=torch.float32)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     options = (seed, step, temperature, top_k, top_p, min_p)
@@ -146,6 +148,17 @@ def _counter(what: str, value: int | Tensor, logits: Tensor) -> tuple[int, Tenso
     if isinstance(value, Tensor):
         return 0, _per_row(what, value, logits)
     return checked_seed("sample", what, value), None
+
+
+def _direct(logits: Tensor, rows: Tensor | None, seed: Any, step: Any) -> bool:
+    """What the compiled kernel takes without the torch op around it, which takes as long as the
+    draw of a few rows."""
+    plain = type(logits) is Tensor and logits.is_cpu and logits.dim() == 2
+    if not plain or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if rows is not None or type(seed) is not int or type(step) is not int:
+        return False
+    return extension.unavailable is None and dispatch.undisturbed() and dispatch.direct(logits)
 
 
 def checked_options(
@@ -225,6 +238,12 @@ def sample(
     if logits.dim() == 0 or logits.shape[-1] == 0:
         checks.bad_value("sample", "logits", "[..., V] with V >= 1", list(logits.shape))
     options = checked_options("sample", temperature, top_k, top_p, min_p)
+    if _direct(logits, rows, seed, step):
+        # float16 is exact in float32
+        taken = logits.float() if logits.dtype == torch.float16 else logits
+        drawn = _counter("seed", seed, logits)[0], _counter("step", step, logits)[0]
+        arguments: tuple[Any, ...] = (None, None, None, *drawn, *options)
+        return _cpu(taken.detach(), *arguments)
     shape = logits.shape[:-1]
     row_ids = None if rows is None else _per_row("rows", rows, logits)
     one_seed, seeds = _counter("seed", seed, logits)

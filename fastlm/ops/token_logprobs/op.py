@@ -2,26 +2,29 @@
 
 Composed of `row_statistics` and `linear_row_statistics`, which see for kernels, backends and what
 is saved. Every float result is differentiable, alone or together: in the backward they share one
-pass over the logits.
+pass over the logits. Log-probs alone come from the kernel without the torch op around it
+(`row_statistics/logprobs.py`); float64 and few float16 logits are PyTorch's own (`small.py`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
-from ... import checks
-from ..cross_entropy.loss import scores
+from ... import checks, dispatch
+from ..cross_entropy.loss import plain_scores, scores
 from ..linear_cross_entropy.options import accumulator, chunk_bytes
 from ..linear_row_statistics import op as linear
 from ..linear_row_statistics import parallel as linear_parallel
 from ..linear_row_statistics.chunks import Compared
-from ..row_statistics import parallel
+from ..row_statistics import logprobs as kernel
+from ..row_statistics import parallel, small
 from ..row_statistics.op import Statistics, Wanted, row_statistics
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from . import signatures as typed
 
@@ -40,6 +43,34 @@ def _check_target(op: str, target: Tensor, shape: list[int], logits: Tensor) -> 
     checks.integer(op, "target", target)
     checks.shape(op, "target", target, shape, "one per row of logits")
     checks.same_device(op, "target", target, "the logits", logits)
+
+
+def _directly(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    logit_softcapping: float | None,
+) -> Tensor | None:
+    """The log-probs alone, without the torch op; None: not such a call, or its arguments are not as
+    they should be."""
+    op = "token_logprobs"
+    if type(ignore_index) is not int or not small.divides(temperature):
+        return None
+    if not plain_scores(1.0, logit_scale, logit_softcapping) or not dispatch.direct(logits, target):
+        return None
+    if dispatch.undisturbed() and kernel.takes(logits, target):
+        return kernel.logprobs(op, logits, target, ignore_index, 1.0 / temperature)
+    if ignore_index >= 0 or logits.dtype not in (torch.float64, torch.float16):
+        return None
+    if target.dtype not in checks.INTEGERS or target.shape != logits.shape[:-1]:
+        return None
+    classes = logits.shape[-1] if logits.dim() > 0 else 0
+    if classes == 0 or not small.few(logits, classes, logits.numel(), small.trained(logits)):
+        return None
+    small.note(op)
+    return small.token_logprobs(logits, target, ignore_index, 1.0 / temperature)
 
 
 def _gathered(
@@ -130,6 +161,12 @@ def token_logprobs(
         RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     op = "token_logprobs"
+    alone = not (return_entropy or return_lse or return_argmax or return_sum_sq)
+    if alone and group is None and vocab_start_index is None:
+        scoring = (temperature, logit_scale, logit_softcapping)
+        few = _directly(logits, target, ignore_index, *scoring)
+        if few is not None:
+            return few
     logits, group, vocab_start_index, target = parallel.unwrapped(
         op, "logits", logits, -1, group, vocab_start_index, target
     )
@@ -242,6 +279,14 @@ def linear_token_logprobs(
     Returns, Raises: as `token_logprobs`.
     """
     op = "linear_token_logprobs"
+    alone = not (return_entropy or return_lse or return_argmax or return_sum_sq)
+    given = (input, linear_weight, linear_bias, target)
+    if alone and group is vocab_start_index is options is None and small.divides(temperature):
+        plain = plain_scores(1.0, logit_scale, logit_softcapping)
+        if plain and type(ignore_index) is int and ignore_index < 0:
+            few = small.linear_token_logprobs(op, given, ignore_index, 1.0 / temperature)
+            if few is not None:
+                return few
     linear_weight, group, vocab_start_index, input, target, linear_bias = parallel.unwrapped(
         op, "linear_weight", linear_weight, 0, group, vocab_start_index, input, target, linear_bias
     )
@@ -291,6 +336,12 @@ def entropy(
         RuntimeError: `group` in a PyTorch without torch.distributed.
     """
     op = "entropy"
+    alone = group is None and vocab_start_index is None
+    if alone and small.divides(temperature) and dispatch.direct(logits):
+        count, trained = logits.numel(), small.trained(logits)
+        if logits.dim() > 0 and small.few(logits, logits.shape[-1], count, trained, entropy=True):
+            small.note(op)
+            return small.entropy(logits, 1.0 / temperature)
     logits, group, vocab_start_index = parallel.unwrapped(
         op, "logits", logits, -1, group, vocab_start_index
     )
